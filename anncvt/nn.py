@@ -1,0 +1,164 @@
+"""Modules on the adder op, drop-in for ``torch.nn.Conv1d/2d/3d``: same attributes, same ``state_dict`` keys."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+import anncvt.runtime.op  # noqa: F401  (registers torch.ops.anncvt.adder2d)
+
+_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+class _AdderNd(nn.Module):
+    """Shared by the three: parameters, padding, bias, optional norm. ``weight`` is ``[O, C/groups, *kernel_size]``."""
+
+    ndim: int
+    norm: nn.Module | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | str | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        *,
+        norm: bool = False,
+        gradient: str = "full",
+    ) -> None:
+        super().__init__()
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(f"groups={groups} divides neither or not both of {in_channels} and {out_channels}")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride = self._tuple(kernel_size), self._tuple(stride)
+        self.dilation, self.padding_mode, self.gradient = self._tuple(dilation), padding_mode, gradient
+        self.padding = self._sides(padding)
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.norm = _NORMS[self.ndim](out_channels) if norm else None
+        # AdderNet's own initialisation: weights on the scale of normalised activations
+        nn.init.normal_(self.weight)
+
+    def _tuple(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
+        return (value,) * self.ndim if isinstance(value, int) else tuple(value)
+
+    def _sides(self, padding: int | str | tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        """Per dimension (before, after). 'same' puts the odd pixel behind, as torch does."""
+        if padding == "valid":
+            return ((0, 0),) * self.ndim
+        if padding == "same":
+            if any(s != 1 for s in self.stride):
+                raise ValueError("padding='same' needs stride 1")
+            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            return tuple((t // 2, t - t // 2) for t in total)
+        return tuple((p, p) for p in self._tuple(cast("int | tuple[int, ...]", padding)))
+
+    @classmethod
+    def from_conv(cls, conv: _ConvNd, *, norm: bool = False, gradient: str = "full") -> _AdderNd:
+        """An adder of the same geometry on the convolution's own Parameter objects (nothing is copied)."""
+        adder = cls(
+            conv.in_channels,
+            conv.out_channels,
+            cast("tuple[int, ...]", conv.kernel_size),
+            cast("tuple[int, ...]", conv.stride),
+            cast("str | tuple[int, ...]", conv.padding),
+            cast("tuple[int, ...]", conv.dilation),
+            conv.groups,
+            False,
+            conv.padding_mode,
+            norm=norm,
+            gradient=gradient,
+        )
+        adder.weight, adder.bias = conv.weight, conv.bias
+        return adder.train(conv.training).to(conv.weight.device)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, gradient={self.gradient!r}"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.padding_mode == "zeros":
+            y = self._adder(x, self.padding)
+        else:
+            flat = [side for pair in reversed(self.padding) for side in pair]
+            y = self._adder(F.pad(x, flat, mode=self.padding_mode), ((0, 0),) * self.ndim)
+        if self.bias is not None:
+            y = y + self.bias.view(-1, *(1,) * self.ndim)
+        return y if self.norm is None else self.norm(y)
+
+    def _adder(self, x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
+        raise NotImplementedError
+
+    def _adder2d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        stride: tuple[int, ...],
+        padding: tuple[tuple[int, int], ...],
+        dilation: tuple[int, ...],
+    ) -> Tensor:
+        (top, bottom), (left, right) = padding
+        sides = [top, left] if (top, left) == (bottom, right) else [top, left, bottom, right]
+        return torch.ops.anncvt.adder2d(x, weight, list(stride), sides, list(dilation), self.groups, self.gradient)
+
+
+class AdderConv2d(_AdderNd):
+    """``y = -sum |x - w|`` over 2-d windows, ``[N, C, H, W] -> [N, O, H', W']``."""
+
+    ndim = 2
+
+    def _adder(self, x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
+        return self._adder2d(x, self.weight, self.stride, padding, self.dilation)
+
+
+class AdderConv1d(_AdderNd):
+    """``y = -sum |x - w|`` over 1-d windows, ``[N, C, L] -> [N, O, L']``: the 2-d op on one row."""
+
+    ndim = 1
+
+    def _adder(self, x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
+        y = self._adder2d(
+            x.unsqueeze(2),
+            self.weight.unsqueeze(2),
+            (1, *self.stride),
+            ((0, 0), *padding),
+            (1, *self.dilation),
+        )
+        return y.squeeze(2)
+
+
+class AdderConv3d(_AdderNd):
+    """``y = -sum |x - w|`` over 3-d windows, ``[N, C, D, H, W] -> [N, O, D', H', W']``: a sum of 2-d ops over depth."""
+
+    ndim = 3
+
+    def _adder(self, x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
+        # Depth is padded explicitly: its padded taps count as |0 - w| like any other.
+        x = F.pad(x, (0, 0, 0, 0, *padding[0]))
+        reach, (step, *stride), (gap, *dilation) = self.kernel_size[0], self.stride, self.dilation
+        depth = (x.shape[2] - gap * (reach - 1) - 1) // step + 1
+        total: Tensor | None = None
+        for k in range(reach):
+            slab = x[:, :, k * gap : k * gap + (depth - 1) * step + 1 : step].transpose(1, 2)
+            y = self._adder2d(
+                slab.flatten(0, 1), self.weight[:, :, k], tuple(stride), padding[1:], tuple(dilation)
+            ).unflatten(0, (x.shape[0], depth))
+            total = y if total is None else total + y
+        assert total is not None
+        return total.transpose(1, 2)
+
+
+def adder_class(ndim: int) -> type[_AdderNd]:
+    """The adder module for convolutions over ``ndim`` spatial dimensions."""
+    return {1: AdderConv1d, 2: AdderConv2d, 3: AdderConv3d}[ndim]

@@ -1,0 +1,153 @@
+"""The data that flows through the tool: a network, its teacher, the plan between them, and what was done so far."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FORMAT = 1
+#: Order of the stages; a later one needs the earlier ones.
+STAGES = ("loaded", "planned", "rewritten", "calibrated", "distilled")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes the network's input: resize to ``input_size``, scale to [0, 1], ``(x - mean) / std``."""
+
+    input_size: tuple[int, int, int]  # channels, height, width
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the CNN came from, enough to build the architecture again (no pickled code)."""
+
+    model: str  # MODEL as the user named it
+    arch: str | None = None  # "module:factory", "torchvision:NAME", "timm:NAME"; None: an nn.Module passed in Python
+    arch_args: dict[str, Any] = field(default_factory=dict)
+    arch_path: str | None = None  # folder in which "module" was found, when it is not importable as installed
+    sha256: str | None = None  # of the checkpoint file
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one convolution.
+
+    ``macs`` is for one image. ``adds`` and ``muls`` count the planned layer: an adder tap is two additions, a
+    convolution tap is one of each.
+    """
+
+    name: str  # qualified name, the key that pairs student and teacher
+    kind: str  # Conv1d, Conv2d, ...
+    action: str  # "swap" or "keep"
+    reason: str
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    groups: int
+    macs: int
+    adds: int
+    muls: int
+    bn: str | None = None  # qualified name of the BatchNorm that reads it
+    insert_bn: bool = False  # no BatchNorm follows: the adder gets one of its own
+
+    @property
+    def swapped(self) -> bool:
+        return self.action == "swap"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One :class:`LayerPlan` per convolution, in execution order."""
+
+    layers: tuple[LayerPlan, ...]
+    other_macs: int = 0  # of layers that are not convolutions (Linear, ...)
+
+    @property
+    def swapped(self) -> tuple[LayerPlan, ...]:
+        return tuple(layer for layer in self.layers if layer.swapped)
+
+    def totals(self) -> dict[str, Any]:
+        """Counts over the whole network, for one image."""
+        macs = sum(layer.macs for layer in self.layers) + self.other_macs
+        swapped = sum(layer.macs for layer in self.swapped)
+        return {
+            "convolutions": len(self.layers),
+            "swapped": len(self.swapped),
+            "macs": macs,
+            "swapped_macs": swapped,
+            "swapped_share": swapped / macs if macs else 0.0,
+            "adds": sum(layer.adds for layer in self.layers) + self.other_macs,
+            "muls": sum(layer.muls for layer in self.layers) + self.other_macs,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "other_macs": self.other_macs,
+            "totals": self.totals(),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Plan:
+        known = {f.name for f in dataclasses.fields(LayerPlan)}
+        layers = tuple(
+            LayerPlan(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k in known})
+            for row in data["layers"]
+        )
+        return cls(layers, int(data.get("other_macs", 0)))
+
+
+@dataclass(frozen=True)
+class Record:
+    """One stage that was run."""
+
+    stage: str
+    seconds: float
+    metrics: dict[str, Any]
+    seed: int | None
+    versions: dict[str, str]
+
+
+@dataclass
+class Program:
+    """A CNN on its way to an adder network. Passes take one and return one."""
+
+    source: Source
+    preprocess: Preprocess
+    teacher: nn.Module  # the original CNN, in eval mode
+    student: nn.Module | None = None  # from the rewrite on
+    plan: Plan | None = None
+    history: list[Record] = field(default_factory=list)
+    classes: list[str] | None = None  # class names, where the data told them
+    folder: str | None = None  # where it was loaded from or last saved to
+
+    @property
+    def stage(self) -> str:
+        """The furthest stage reached."""
+        reached = [record.stage for record in self.history if record.stage in STAGES]
+        return max(reached, key=STAGES.index, default="loaded")
+
+    def record(self, stage: str, seconds: float, metrics: dict[str, Any], seed: int | None = None) -> None:
+        """Append to the history, with the versions that matter for reproducing it."""
+        self.history.append(Record(stage, round(seconds, 3), metrics, seed, versions()))
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python and the packages that decide numerics."""
+    import platform
+    from importlib import metadata
+
+    found = {"python": platform.python_version()}
+    for name in ("anncvt", "torch", "apache-tvm", "onnx", "onnxruntime", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

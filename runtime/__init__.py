@@ -1,0 +1,1 @@
+"""How an adder network executes: the op, its kernels, ONNX, TVM."""

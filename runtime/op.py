@@ -1,0 +1,153 @@
+"""THE op: ``anncvt::adder2d`` and its backward, registered with torch (schema, fake, autograd, dispatch).
+
+A ``torch.library`` op and not a plain ``autograd.Function``: the latter is inlined by ``torch.fx`` and ``torch.export``,
+which loses both the node and the adder gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anncvt.runtime import fallback, kernels
+from anncvt.runtime.geometry import output_size
+
+GRADIENTS = ("full", "exact")
+
+
+@torch.library.custom_op("anncvt::adder2d", mutates_args=())
+def adder2d(
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    gradient: str = "full",
+) -> Tensor:
+    """``y[n,o,p] = -sum_{c,k} |x[n,c,p*stride+k*dilation-padding] - w[o,c,k]|`` (AdderNet, arXiv 1912.13200, eq. 1).
+
+    Zero padding is part of the sum: a padded tap contributes ``-|0-w|``.
+
+    Args:
+        x: ``[N, C, H, W]``, floating point. ``channels_last`` is the fast layout and is kept.
+        weight: ``[O, C/groups, kh, kw]``.
+        stride, dilation: ``(h, w)``.
+        padding: ``(h, w)`` or ``(top, left, bottom, right)``.
+        groups: number of channel groups.
+        gradient: what backward computes: ``"full"`` (AdderNet eq. 5-8, for training) or ``"exact"`` (the true
+            subgradient, for calibration).
+
+    Returns:
+        ``[N, O, H', W']`` in the dtype of ``x``; half types accumulate in float32.
+
+    Raises:
+        ValueError: shapes, groups or ``gradient`` do not fit.
+    """
+    _check(x, weight, groups, gradient)
+    a, b = _compute(x, weight)
+    run = kernels.forward if kernels.usable(a) else fallback.forward
+    return _like(run(a, b, stride, padding, dilation, groups), x)
+
+
+@adder2d.register_fake
+def _(x, weight, stride, padding, dilation, groups, gradient="full"):
+    _check(x, weight, groups, gradient)
+    size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    return torch.empty((x.shape[0], weight.shape[0], *size), dtype=x.dtype, device=x.device, memory_format=_layout(x))
+
+
+@torch.library.custom_op("anncvt::adder2d_backward", mutates_args=())
+def adder2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    gradient: str,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`adder2d` for ``x`` and ``weight``; one that is not needed comes back empty."""
+    g, a = grad.to(_compute_dtype(x)), x.to(_compute_dtype(x))
+    w = weight.to(a.dtype)
+    config = (stride, padding, dilation, groups)
+    compiled = kernels.usable(a)
+    dx, dw = x.new_empty(0), weight.new_empty(0)
+    if need_x:
+        of_input = kernels.input_gradient if compiled else fallback.input_gradient
+        dx = _like(of_input(g, a, w, *config, gradient), x)
+    if need_weight and gradient == "full":
+        dw = fallback.full_weight_gradient(g, a, w, *config).to(weight.dtype).contiguous()
+    elif need_weight:
+        of_weight = kernels.exact_weight_gradient if compiled else fallback.exact_weight_gradient
+        dw = of_weight(g, a, w, *config).to(weight.dtype).contiguous()
+    return dx, dw
+
+
+@adder2d_backward.register_fake
+def _(grad, x, weight, stride, padding, dilation, groups, gradient, need_x, need_weight):
+    dx = torch.empty_like(x, memory_format=_layout(x)) if need_x else x.new_empty(0)
+    dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
+    return dx, dw
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, *ctx.config = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    dx, dw = torch.ops.anncvt.adder2d_backward(grad, *ctx.saved_tensors, *ctx.config, need_x, need_weight)
+    return dx if need_x else None, dw if need_weight else None, None, None, None, None, None
+
+
+adder2d.register_autograd(_backward, setup_context=_setup)
+
+
+@adder2d.register_vmap
+def _(info, in_dims, x, weight, stride, padding, dilation, groups, gradient="full"):
+    if in_dims[1] is not None:
+        raise NotImplementedError("anncvt::adder2d: vmap over the weights is not supported, only over x")
+    merged = x.movedim(in_dims[0], 0)
+    y = torch.ops.anncvt.adder2d(merged.flatten(0, 1), weight, stride, padding, dilation, groups, gradient)
+    return y.unflatten(0, merged.shape[:2]), 0
+
+
+def _check(x: Tensor, weight: Tensor, groups: int, gradient: str) -> None:
+    if x.dim() != 4 or weight.dim() != 4:
+        raise ValueError(
+            f"adder2d expects x[N,C,H,W] and weight[O,C/groups,kh,kw], got {x.dim()}-d and {weight.dim()}-d"
+        )
+    if not (x.dtype.is_floating_point and weight.dtype.is_floating_point):
+        raise ValueError(f"adder2d expects floating point tensors, got {x.dtype} and {weight.dtype}")
+    if weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"adder2d: {x.shape[1]} input channels and weight {list(weight.shape)} do not fit groups={groups}"
+        )
+    if gradient not in GRADIENTS:
+        raise ValueError(f"adder2d: gradient must be one of {GRADIENTS}, got {gradient!r}")
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _compute(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = _compute_dtype(x)
+    return x.to(dtype), weight.to(dtype)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """channels_last in, channels_last out; where both readings fit (one channel, one pixel), NCHW."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    return y.to(dtype=x.dtype).contiguous(memory_format=_layout(x))

@@ -1,0 +1,214 @@
+"""DATA, what the user names, becomes :class:`Images`, what the passes read."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from anncvt import datasets, sources
+from anncvt.errors import AnncvtError
+from anncvt.images import Images, Picture, augment, decode, picture_size, read_image
+from anncvt.parquet import parquet
+from anncvt.program import Preprocess
+from anncvt.progress import SILENT, Progress
+from anncvt.sources import Listing
+
+__all__ = ["KINDS", "Images", "augment", "native_size", "open_images", "parse_spec", "read_image"]
+
+Split = Literal["train", "test"]
+
+#: How DATA is spelled, kind by kind.
+KINDS = {
+    "digits": "digits",
+    "synthetic": "synthetic",
+    "cifar10": "cifar10",
+    "cifar100": "cifar100",
+    "mnist": "mnist",
+    "fashion-mnist": "fashion-mnist",
+    "imagenet": "imagenet",
+    "folder": "folder:PATH",
+    "hf": "hf:PATH",
+    "wds": "wds:PATTERN",
+}
+
+#: Fewer pictures than this are decoded faster than a thread pool pays off.
+_POOL_FROM = 500
+_CHUNK = 128
+
+
+def parse_spec(spec: str) -> tuple[str, str]:
+    """DATA as ``(kind, argument)``, ``"hf:some/path"`` -> ``("hf", "some/path")``.
+
+    Raises:
+        AnncvtError: no such kind, or an argument missing or too many; the message lists the kinds.
+    """
+    kind, colon, argument = spec.partition(":")
+    known = f"use one of {', '.join(KINDS.values())}"
+    if kind not in KINDS:
+        if Path(spec).expanduser().is_dir():
+            known = f"write folder:{spec} (a folder of classes) or hf:{spec} (Hugging Face parquet files)"
+        raise AnncvtError(f"no such data set: {spec!r}", fix=known)
+    wanted = ":" in KINDS[kind]
+    if wanted and not argument:
+        raise AnncvtError(f"{spec!r} lacks its path", fix=f"write {KINDS[kind]}")
+    if colon and not wanted:
+        raise AnncvtError(f"{kind!r} takes no argument, got {argument!r}", fix=f"write {kind}, its place is --data-dir")
+    return kind, argument
+
+
+def open_images(
+    spec: str,
+    split: Split,
+    preprocess: Preprocess,
+    *,
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    labelled: bool = True,
+    progress: Progress = SILENT,
+) -> Images:
+    """Decode one split of DATA into memory at ``preprocess.input_size``.
+
+    Args:
+        data_dir: where the data sets that are known by name lie, in torchvision's layouts.
+        limit: at most so many pictures, the first of a permutation seeded by ``seed`` (a source sorted by class is
+            sampled evenly). None: all, in the order of the source.
+        workers: decoding threads; 0: one per core.
+        labelled: labels are required. With False ``labels`` and ``classes`` are None and folders need no classes.
+
+    Raises:
+        AnncvtError: DATA is unknown, missing, empty, lacks the split or the labels, holds a picture that cannot be
+            decoded, or does not fit in memory.
+    """
+    if limit is not None and limit < 1:
+        raise AnncvtError(f"a limit of {limit} images", fix="give --limit a positive number")
+    listing = _list(spec, split, preprocess, data_dir, labelled, limit, seed)
+    if limit is None:
+        order = np.arange(listing.count)
+    else:
+        order = torch.randperm(listing.count, generator=torch.Generator().manual_seed(seed))[:limit].numpy()
+    _guard_memory(len(order), preprocess.input_size, spec)
+    pixels = _decode_all(listing, order, preprocess.input_size, workers, progress)
+    labels = classes = None
+    if labelled and listing.labels is not None:
+        labels, classes = torch.from_numpy(listing.labels[order].astype(np.int64)), listing.classes
+    return Images(torch.from_numpy(pixels), labels, classes, f"{spec} {split}", listing.flip)
+
+
+def native_size(spec: str, data_dir: str | Path | None = None) -> tuple[int, int, int] | None:
+    """``(C, H, W)`` when the pictures of DATA share one size (judged by eight of them), else None.
+
+    Raises:
+        AnncvtError: DATA is unknown, missing or empty.
+    """
+    if parse_spec(spec)[0] == "synthetic":
+        return None
+    any_size = Preprocess((3, 1, 1), (0.0,), (1.0,))
+    try:
+        listing = _list(spec, "train", any_size, data_dir, False, None, 0)
+    except sources.NoSuchSplit:
+        listing = _list(spec, "test", any_size, data_dir, False, None, 0)
+    probes = np.unique(np.linspace(0, listing.count - 1, 8).astype(np.int64))
+    sizes = {picture_size(picture) for _, picture in listing.stream(probes)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _list(
+    spec: str,
+    split: Split,
+    preprocess: Preprocess,
+    data_dir: str | Path | None,
+    labelled: bool,
+    limit: int | None,
+    seed: int,
+) -> Listing:
+    kind, argument = parse_spec(spec)
+    if kind == "digits":
+        return datasets.digits(split)
+    if kind == "synthetic":
+        return datasets.synthetic(split, preprocess.input_size, limit, seed)
+    if kind == "hf":
+        return parquet(argument, split, labelled)
+    if kind == "folder":
+        return sources.folder(Path(argument).expanduser(), split, labelled)
+    if kind == "wds":
+        return sources.shards(argument, split, labelled)
+    if data_dir is None:
+        raise AnncvtError(f"where is {kind}?", fix="name the folder that holds it with --data-dir")
+    root = Path(data_dir).expanduser()
+    if kind == "imagenet":
+        return sources.folder(root / "imagenet" if (root / "imagenet").is_dir() else root, split, labelled)
+    return datasets.READERS[kind](root, split)
+
+
+def _decode_all(
+    listing: Listing, order: np.ndarray, size: tuple[int, int, int], workers: int, progress: Progress
+) -> np.ndarray:
+    """The pictures of ``listing`` at ``order`` as ``[N, C, H, W]`` uint8, decoded in a pool of threads when many."""
+    pixels = np.empty((len(order), *size), np.uint8)
+    # Sources are read front to back; each picture goes to its place in `order`.
+    slots = np.argsort(order)
+    stream = zip(slots, listing.stream(order[slots]), strict=True)
+
+    def work(chunk: list[tuple[int, tuple[str, Picture]]]) -> int:
+        for slot, (where, picture) in chunk:
+            pixels[slot] = decode(picture, size, where)
+        return len(chunk)
+
+    chunks: Iterator[list[tuple[int, tuple[str, Picture]]]] = iter(lambda: list(islice(stream, _CHUNK)), [])
+    with progress.task("reading images", len(order)) as task:
+        if len(order) <= _POOL_FROM:
+            for chunk in chunks:
+                task.advance(work(chunk))
+            return pixels
+        threads = workers or os.cpu_count() or 1
+        pool = ThreadPoolExecutor(threads)
+        waiting: deque[Future[int]] = deque()
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(work, chunk))
+                # Bounded, so that encoded pictures do not pile up faster than they are decoded.
+                if len(waiting) > 4 * threads:
+                    task.advance(waiting.popleft().result())
+            while waiting:
+                task.advance(waiting.popleft().result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return pixels
+
+
+def _guard_memory(count: int, size: tuple[int, int, int], spec: str) -> None:
+    """Refuse what would take more than half of the free memory, before reading anything."""
+    available = available_memory()
+    each = int(np.prod(size))
+    if available is not None and count * each > available // 2:
+        raise AnncvtError(
+            f"{count} images of {'x'.join(map(str, size))} take {count * each / 2**30:.1f} GiB, "
+            f"{available / 2**30:.1f} GiB are free and half of that may be used",
+            where=spec,
+            fix=f"read fewer with --limit {max(1, available // 2 // each)}",
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that this process may still take, None where the system does not tell."""
+    found = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+        # A container's own limit, where there is one ("max" otherwise).
+        group = Path("/sys/fs/cgroup")
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return min(found, default=None)

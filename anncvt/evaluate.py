@@ -1,0 +1,93 @@
+"""Accuracy of a network on a labelled data set."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from anncvt.errors import AnncvtError
+from anncvt.images import Images
+from anncvt.program import Preprocess
+from anncvt.progress import SILENT, Progress
+
+
+@torch.inference_mode()
+def evaluate(
+    network: nn.Module,
+    images: Images,
+    preprocess: Preprocess,
+    *,
+    batch_size: int = 256,
+    progress: Progress = SILENT,
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent, ``{"top1": ..., "top5": ...}``.
+
+    Runs in eval mode on the network's own device and leaves every module's mode as it was. With fewer than five
+    classes "top5" counts as many as there are.
+
+    Raises:
+        AnncvtError: no labels, labels outside the network's outputs, or a network that does not take the images.
+    """
+    if images.labels is None:
+        raise AnncvtError("the images have no labels", where=images.name, fix="evaluate on a data set with labels")
+    if batch_size < 1:
+        raise AnncvtError(f"a batch of {batch_size} images", fix="give --batch-size a positive number")
+    parameter = next(iter(network.parameters()), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    top1 = top5 = 0
+    with _eval_mode(network), progress.task("evaluating", len(images)) as task:
+        for indices in torch.arange(len(images)).split(batch_size):
+            logits = _forward(network, images.batch(indices, preprocess).to(device), images.name)
+            labels = images.labels[indices].to(device)
+            _check_labels(labels, logits, images)
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            top1 += int(best[:, 0].sum())
+            top5 += int(best.any(dim=1).sum())
+            task.advance(len(indices))
+    return {"top1": 100 * top1 / len(images), "top5": 100 * top5 / len(images)}
+
+
+@contextlib.contextmanager
+def _eval_mode(network: nn.Module) -> Iterator[None]:
+    """Eval mode inside; outside every module in the mode it had (a frozen BatchNorm stays frozen)."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _forward(network: nn.Module, batch: Tensor, name: str) -> Tensor:
+    size = "x".join(map(str, batch.shape[1:]))
+    try:
+        logits = network(batch)
+    except RuntimeError as error:
+        raise AnncvtError(
+            f"the network does not take {size} images: {str(error).splitlines()[0]}",
+            where=name,
+            fix="set the size it was trained for with --input-size CHANNELS,HEIGHT,WIDTH",
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch):
+        shape = "x".join(map(str, logits.shape)) if isinstance(logits, Tensor) else type(logits).__name__
+        raise AnncvtError(
+            f"the network's output for {len(batch)} images of {size} is {shape}, accuracy needs one row of class "
+            "scores an image",
+            where=name,
+            fix="evaluate a classifier, at the size it was trained for (--input-size)",
+        )
+    return logits
+
+
+def _check_labels(labels: Tensor, logits: Tensor, images: Images) -> None:
+    low, high, outputs = int(labels.min()), int(labels.max()), logits.shape[1]
+    if low < 0 or high >= outputs:
+        raise AnncvtError(
+            f"the network has {outputs} outputs (0 to {outputs - 1}) and the data a label {low if low < 0 else high}",
+            where=images.name,
+            fix="use the data set that the network was trained for",
+        )

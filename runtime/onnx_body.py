@@ -1,0 +1,133 @@
+"""The adder op written in standard ONNX operators, so that a runtime that knows nothing of ``ai.anncvt`` still runs it.
+
+An ONNX model carries this function next to its ``ai.anncvt::Adder2d`` nodes. A runtime with a kernel of its own for the
+op takes the kernel; any other replaces the node by the function.
+
+The body trades speed for memory that does not grow with the batch or with the number of output channels. It takes one
+image at a time and, for that image, one output channel of every group at a time, so that what is alive is the image's
+windows (``C * kh * kw * H' * W'`` numbers) and two temporaries of the same size. The obvious alternative, one broadcast
+subtraction of all windows and all filters, needs that much for every output channel and image at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx
+
+DOMAIN = "ai.anncvt"
+VERSION = 1
+OP_TYPE = "Adder2d"
+#: Operator-set versions the body is valid in (``Shape`` with start and end came with 15).
+OPSETS = range(15, 24)
+
+_DOC = """y[n,o,p] = -sum over c, k of |x[n, c, p*strides + k*dilations - pads] - w[o,c,k]|
+
+The layer of an adder neural network (AdderNet, arXiv 1912.13200, eq. 1).
+x: [N, C, H, W]; w: [O, C/group, kh, kw]; y: [N, O, H', W'], sizes as for Conv.
+pads: top, left, bottom, right. Padding is by zeros and is part of the sum: a padded tap contributes -|0 - w|.
+x must be finite (infinity times zero in the window extraction is NaN)."""
+
+# The windows are extracted by a convolution with one-hot filters: filter k copies the pixel that kernel position k sees.
+# It understands strides, pads and dilations, and needs no sizes known in advance. All sizes come from Shape, none from
+# constants; Constant nodes hold tensors because importers stumble over the list-of-integers form.
+_SIZES = """
+  one = Constant <value: tensor = int64[1] {1}> ()
+  rest = Constant <value: tensor = int64[1] {-1}> ()
+  channels = Shape <start: int = 1, end: int = 2> (x)
+  filters = Shape <start: int = 0, end: int = 1> (w)
+  depth = Shape <start: int = 1, end: int = 2> (w)
+  kernel = Shape <start: int = 2> (w)
+  positions = ReduceProd <keepdims: int = 1> (kernel)
+  taps = Mul (depth, positions)
+  groups = Div (channels, depth)
+  group_filters = Div (filters, groups)
+"""
+
+_ONE_HOT = """
+  square = Concat <axis: int = 0> (positions, positions)
+  zeros = ConstantOfShape <value: tensor = float[1] {0.0}> (square)
+  identity = EyeLike (zeros)
+  identity_like = CastLike (identity, x)
+  one_hot_shape = Concat <axis: int = 0> (positions, one, kernel)
+  one_hot = Reshape (identity_like, one_hot_shape)
+"""
+
+# weights: [O/groups, groups, taps, 1], one output channel of every group per step of the inner Scan.
+_WEIGHTS = """
+  weight_shape = Concat <axis: int = 0> (groups, group_filters, taps, one)
+  weight_rows = Reshape (w, weight_shape)
+  weights = Transpose <perm: ints = [1, 0, 2, 3]> (weight_rows)
+  row_shape = Concat <axis: int = 0> (one, taps)
+  minus_ones = ConstantOfShape <value: tensor = float[1] {-1.0}> (row_shape)
+  minus = CastLike (minus_ones, x)
+"""
+
+# The images are walked by a Loop and not a Scan because onnx's ReferenceEvaluator hands a function's attributes only to
+# the bodies of Loop. It also concatenates what a Loop collects where the standard says stack; the last Reshape accepts
+# both. The sum over taps is a product with a row of -1: matrix products are the best-tuned operator of every runtime,
+# and the sign saves a Neg. windows: [groups, taps, H'*W'].
+_IMAGES = """
+  images_shape = Shape <start: int = 0, end: int = 1> (x)
+  first = Constant <value: tensor = int64[1] {0}> ()
+  images = Squeeze (images_shape, first)
+  always = Constant <value: tensor = bool {1}> ()
+  windows_shape = Concat <axis: int = 0> (groups, taps, rest)
+  sums = Loop <body: graph = image (int64 index, bool before) => (bool after, float[o, p, q] image_sums) {
+    after = Identity (before)
+    pixels = Gather <axis: int = 0> (x, index)
+    planes = Unsqueeze (pixels, one)
+    copies = Conv <strides: ints = @strides, pads: ints = @pads, dilations: ints = @dilations> (planes, one_hot)
+    windows = Reshape (copies, windows_shape)
+    filter_sums = Scan <num_scan_inputs: int = 1, body: graph = filter (float[g, t, u] weight) => (float[g, l] filter_sum) {
+      difference = Sub (windows, weight)
+      distance = Abs (difference)
+      product = MatMul (minus, distance)
+      filter_sum = Squeeze (product, one)
+    }> (weights)
+    group_sums = Transpose <perm: ints = [1, 0, 2]> (filter_sums)
+    image_size = Shape <start: int = 2> (copies)
+    image_shape = Concat <axis: int = 0> (filters, image_size)
+    image_sums = Reshape (group_sums, image_shape)
+  }> (images, always)
+  size = Shape <start: int = -2> (sums)
+  y_shape = Concat <axis: int = 0> (images_shape, filters, size)
+  y = Reshape (sums, y_shape)
+"""
+
+
+def adder2d_function(opset: int) -> onnx.FunctionProto:
+    """The body of ``ai.anncvt::Adder2d`` for models of operator-set version ``opset``.
+
+    Inputs ``x`` and ``w``, output ``y``, attributes ``strides``, ``pads``, ``dilations`` (all required) and ``group``
+    (1 where absent); see the function's ``doc_string``. The number of groups follows from the shapes.
+
+    Raises:
+        ValueError: the body does not exist in that version.
+    """
+    if opset not in OPSETS:
+        raise ValueError(f"the body of {OP_TYPE} exists for opset {OPSETS[0]} to {OPSETS[-1]}, not {opset}")
+    from onnx import parser
+
+    function = parser.parse_function(
+        f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">\n'
+        f"{OP_TYPE} <strides, pads, dilations, group: int = 1> (x, w) => (y) {{{_SIZES}{_ONE_HOT}{_WEIGHTS}{_IMAGES}}}"
+    )
+    function.doc_string = _DOC
+    _drop_types(function.node)
+    return function
+
+
+def _drop_types(nodes: Iterable[onnx.NodeProto]) -> None:
+    """Remove the data's types from subgraphs, which the parser asks for: they would pin the element type to float."""
+    from onnx import TensorProto
+
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                for value in (*attribute.g.input, *attribute.g.output):
+                    if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+                        value.ClearField("type")
+                _drop_types(attribute.g.node)

@@ -1,0 +1,124 @@
+"""Compiled kernels, kept in memory and on disk.
+
+The folder is ``ANNCVT_CACHE`` (default ``~/.cache/anncvt/kernels``). An entry's name is a hash of everything that made
+it: the spec, the generators' source, the processor, the compiler's version. It is written under a temporary name and
+renamed, so processes may share the folder; it ends with a checksum, so a damaged one is noticed before it is loaded,
+and replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from anncvt.runtime.kernels.spec import Spec
+from anncvt.runtime.kernels.target import host
+
+counts: Counter[str] = Counter()
+"""How many kernels this process ``compiled`` and ``loaded`` from disk."""
+
+_ready: dict[Spec, Callable[..., Any]] = {}
+_lock = threading.Lock()
+_local = threading.local()
+
+
+def kernel(spec: Spec) -> Callable[..., Any]:
+    """The compiled function of ``spec``, from memory, else from disk, else compiled (about a third of a second)."""
+    found = _ready.get(spec)
+    if found is not None:
+        return found
+    with _lock:
+        if spec not in _ready:
+            _ready[spec] = _open(spec)
+        return _ready[spec]
+
+
+def folder() -> Path:
+    """Where compiled kernels are kept."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anncvt" / "kernels"
+    return Path(os.environ.get("ANNCVT_CACHE") or default)
+
+
+def use_threads(count: int) -> None:
+    """Let kernels called from this thread run on ``count`` threads."""
+    if getattr(_local, "threads", None) != count:
+        import tvm
+
+        # 1: the fast cores first, where they differ. The pool belongs to the calling thread.
+        tvm.get_global_func("runtime.config_threadpool")(1, count)
+        _local.threads = count
+
+
+def clear() -> None:
+    """Forget the kernels in memory (those on disk stay)."""
+    with _lock:
+        _ready.clear()
+
+
+def path_of(spec: Spec) -> Path:
+    """The file of one kernel, whether it exists or not."""
+    identity = "\n".join([repr(spec), repr(host()), _versions(), _sources()])
+    return folder() / f"{spec.kind}-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.so"
+
+
+def _open(spec: Spec) -> Callable[..., Any]:
+    import tvm
+
+    path = path_of(spec)
+    if _intact(path):
+        with contextlib.suppress(RuntimeError, OSError):
+            function = tvm.runtime.load_module(str(path))["main"]
+            counts["loaded"] += 1
+            return function
+    from anncvt.runtime.kernels.training import generate
+
+    cpu = host()
+    module = tvm.compile(tvm.IRModule({"main": generate(spec, cpu)}), cpu.target())
+    counts["compiled"] += 1
+    # Without a writable folder or a linker the kernel still runs, it is just compiled again next time.
+    with contextlib.suppress(OSError, RuntimeError):
+        _store(module, path)
+    return module["main"]
+
+
+def _store(module: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as scratch:
+        fresh = Path(scratch) / path.name
+        module.export_library(str(fresh))
+        # Bytes after the end of a shared library are ignored by the loader.
+        with open(fresh, "ab") as file:
+            file.write(hashlib.sha256(fresh.read_bytes()).digest())
+        os.replace(fresh, path)
+
+
+def _intact(path: Path) -> bool:
+    """Whether the file ends with its checksum. (Mapping a truncated library would end the process.)"""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+@functools.cache
+def _versions() -> str:
+    import tvm
+    import tvm_ffi
+
+    return f"{tvm.__version__} {tvm_ffi.__version__}"
+
+
+@functools.cache
+def _sources() -> str:
+    here = Path(__file__).parent
+    content = b"".join((here / name).read_bytes() for name in ("training.py", "spec.py", "target.py"))
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,198 @@
+"""From torch tensors to kernel calls: layouts, packed weights, channel padding, and which kernel to take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anncvt.runtime.geometry import expand_padding
+from anncvt.runtime.kernels import cache
+from anncvt.runtime.kernels.spec import Spec, as_pair, divisor, lanes_for
+from anncvt.runtime.kernels.target import host
+
+_ALIGNMENT = 64
+
+
+def forward(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    """See :func:`anncvt.runtime.fallback.forward`."""
+    repeat = _repeat(weight, groups)
+    if repeat > 1:
+        return forward(x.repeat_interleave(repeat, 1), weight, stride, padding, dilation, groups * repeat)
+    depthwise = _depthwise(weight, groups)
+    spec = _spec("forward", x, weight, stride, padding, dilation, groups, vectorise_outputs=True)
+    y = torch.empty(x.shape[0], *spec.output, spec.groups * spec.outputs)
+    if y.numel():
+        if depthwise:
+            x = _pad_channels(x, 1, spec.groups * spec.lanes)
+        packed = _pack_outputs(weight, spec)
+        # The sum of the weights of each filter, in the order of the outputs.
+        sums = packed.sum((2, 3, 4, 5)).flatten()
+        _call(spec, _nhwc(x), packed, sums, y)
+    return _unpad(y, weight.shape[0], 1 if depthwise else groups)
+
+
+def input_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    gradient: str,
+) -> Tensor:
+    """See :func:`anncvt.runtime.fallback.input_gradient`."""
+    repeat = _repeat(weight, groups)
+    if repeat > 1:
+        wide = x.repeat_interleave(repeat, 1)
+        result = input_gradient(grad, wide, weight, stride, padding, dilation, groups * repeat, gradient)
+        return result.unflatten(1, (groups, repeat)).sum(2)
+    spec = _spec(f"dx_{gradient}", x, weight, stride, padding, dilation, groups, vectorise_outputs=False)
+    y = torch.empty(x.shape[0], x.shape[2], x.shape[3], spec.groups * spec.channels)
+    depthwise = spec.depthwise
+    if y.numel():
+        padded = _pad_channels(x, 1 if depthwise else groups, spec.groups * spec.channels)
+        if depthwise:
+            grad = _pad_channels(grad, 1, spec.groups * spec.channels)
+        _call(spec, _nhwc(padded), _nhwc(grad), _pack_inputs(weight, spec), y)
+    return _unpad(y, x.shape[1], 1 if depthwise else groups)
+
+
+def exact_weight_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """See :func:`anncvt.runtime.fallback.exact_weight_gradient`."""
+    repeat = _repeat(weight, groups)
+    if repeat > 1:
+        wide = x.repeat_interleave(repeat, 1)
+        return exact_weight_gradient(grad, wide, weight, stride, padding, dilation, groups * repeat)
+    if not (x.numel() and grad.numel()):
+        return torch.zeros_like(weight)
+    spec = _spec("dw_exact", x, weight, stride, padding, dilation, groups, vectorise_outputs=True)
+    packed = _pack_outputs(weight, spec)
+    parts = packed.new_zeros(min(torch.get_num_threads(), x.shape[0] * spec.output[0]), *packed.shape)
+    grad = _pad_channels(grad, 1 if spec.depthwise else groups, spec.groups * spec.outputs)
+    if spec.depthwise:
+        x = _pad_channels(x, 1, spec.groups * spec.lanes)
+    _call(spec, _nhwc(x), _nhwc(grad), packed, parts)
+    return _unpack_outputs(parts.sum(0), weight, spec)
+
+
+def _spec(
+    kind: str,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    vectorise_outputs: bool,
+) -> Spec:
+    channels, outputs = weight.shape[1], weight.shape[0] // groups
+    depthwise = _depthwise(weight, groups)
+    if depthwise:
+        lanes = lanes_for(groups, host().lanes)
+        channels = outputs = lanes
+        groups = -(-groups // lanes)
+    elif vectorise_outputs:
+        lanes = lanes_for(outputs, host().lanes)
+        outputs = -(-outputs // lanes) * lanes
+    else:
+        lanes = lanes_for(channels, host().lanes)
+        channels = -(-channels // lanes) * lanes
+    return Spec(
+        kind,
+        x.shape[2],
+        x.shape[3],
+        channels,
+        outputs,
+        groups,
+        as_pair(weight.shape[2:]),
+        as_pair(stride),
+        expand_padding([int(p) for p in padding]),
+        as_pair(dilation),
+        lanes,
+        depthwise,
+    )
+
+
+def _call(spec: Spec, *tensors: Tensor) -> None:
+    cache.use_threads(torch.get_num_threads())
+    cache.kernel(spec)(*[t if t.data_ptr() % _ALIGNMENT == 0 else t.clone() for t in tensors])
+
+
+def _depthwise(weight: Tensor, groups: int) -> bool:
+    return groups > 1 and weight.shape[1] == 1 and weight.shape[0] == groups
+
+
+def _repeat(weight: Tensor, groups: int) -> int:
+    """Outputs per channel of a depthwise layer with a multiplier: its channels are repeated, then it is depthwise."""
+    return weight.shape[0] // groups if groups > 1 and weight.shape[1] == 1 else 1
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.detach().permute(0, 2, 3, 1).contiguous()
+
+
+def _pad_channels(x: Tensor, groups: int, channels: int) -> Tensor:
+    """``[N, C, H, W]`` with zero channels appended to each group, ``channels`` in all."""
+    if x.shape[1] == channels:
+        return x
+    missing = (channels - x.shape[1]) // groups
+    return F.pad(x.unflatten(1, (groups, -1)), (0, 0, 0, 0, 0, missing)).flatten(1, 2)
+
+
+def _unpad(y: Tensor, channels: int, groups: int) -> Tensor:
+    """NHWC kernel output to ``[N, C, H, W]`` without the channels added for the vectors."""
+    if y.shape[3] != channels:
+        y = y.unflatten(3, (groups, -1))[..., : channels // groups].flatten(3)
+    return y.permute(0, 3, 1, 2)
+
+
+def _pack_outputs(weight: Tensor, spec: Spec) -> Tensor:
+    """``[G, O/L, C/cb, kh, kw, cb, L]``: vectors over output channels."""
+    if spec.depthwise:
+        return _pack_depthwise(weight, spec)
+    w = weight.detach().unflatten(0, (spec.groups, -1))
+    w = F.pad(w, (0, 0, 0, 0, 0, 0, 0, spec.outputs - w.shape[1]))
+    block = divisor(spec.channels, 16)
+    w = w.unflatten(2, (-1, block)).unflatten(1, (-1, spec.lanes))
+    return w.permute(0, 1, 3, 5, 6, 4, 2).contiguous()
+
+
+def _unpack_outputs(packed: Tensor, weight: Tensor, spec: Spec) -> Tensor:
+    if spec.depthwise:
+        return packed.permute(0, 6, 1, 2, 5, 3, 4).reshape(-1, 1, *spec.kernel)[: weight.shape[0]]
+    w = packed.permute(0, 1, 6, 2, 5, 3, 4).flatten(3, 4).flatten(1, 2)
+    return w[:, : weight.shape[0] // spec.groups].reshape(weight.shape)
+
+
+def _pack_inputs(weight: Tensor, spec: Spec) -> Tensor:
+    """``[G, C/L, O/ob, kh, kw, ob, L]``: vectors over input channels."""
+    if spec.depthwise:
+        return _pack_depthwise(weight, spec)
+    w = weight.detach().unflatten(0, (spec.groups, -1))
+    w = F.pad(w, (0, 0, 0, 0, 0, spec.channels - w.shape[2]))
+    block = divisor(spec.outputs, 16)
+    w = w.unflatten(2, (-1, spec.lanes)).unflatten(1, (-1, block))
+    return w.permute(0, 3, 1, 5, 6, 2, 4).contiguous()
+
+
+def _pack_depthwise(weight: Tensor, spec: Spec) -> Tensor:
+    """``[G, 1, 1, kh, kw, 1, L]``: vectors over channels."""
+    w: Any = F.pad(weight.detach()[:, 0], (0, 0, 0, 0, 0, spec.groups * spec.lanes - weight.shape[0]))
+    w = w.unflatten(0, (spec.groups, spec.lanes)).permute(0, 2, 3, 1)
+    return w[:, None, None, :, :, None].contiguous()

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from anncvt.errors import AnncvtError
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -18,7 +20,7 @@ STAGES = ("loaded", "planned", "rewritten", "calibrated", "distilled")
 class Preprocess:
     """How an image becomes the network's input: resize to ``input_size``, scale to [0, 1], ``(x - mean) / std``."""
 
-    input_size: tuple[int, int, int]  # channels, height, width
+    input_size: tuple[int, ...]  # channels, height, width; one spatial size more or less for 3-d and 1-d networks
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -96,12 +98,20 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
+        """The inverse of :meth:`to_json`; fields of newer versions are ignored.
+
+        Raises:
+            AnncvtError: ``data`` is not a plan.
+        """
         known = {f.name for f in dataclasses.fields(LayerPlan)}
-        layers = tuple(
-            LayerPlan(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k in known})
-            for row in data["layers"]
-        )
-        return cls(layers, int(data.get("other_macs", 0)))
+        try:
+            rows: list[dict[str, Any]] = [
+                {k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k in known}
+                for row in data["layers"]
+            ]
+            return cls(tuple(LayerPlan(**row) for row in rows), int(data.get("other_macs", 0)))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise AnncvtError(f"not a plan: {error!r}", fix="write one with `anncvt plan MODEL --json`") from error
 
 
 @dataclass(frozen=True)

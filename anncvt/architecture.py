@@ -1,0 +1,157 @@
+"""From the name of an architecture to a network with random weights."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from anncvt import zoo
+from anncvt.errors import AnncvtError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: Top-level modules imported from a folder, so that another folder's file of the same name replaces them.
+_FROM_FOLDER: dict[str, str] = {}
+
+
+def parse_arch_args(values: Sequence[str]) -> dict[str, Any]:
+    """``["n=3", "act=relu"]`` to ``{"n": 3, "act": "relu"}``: Python literals where they are, else text.
+
+    Raises:
+        AnncvtError: an entry has no ``=`` or no proper name before it.
+    """
+    parsed: dict[str, Any] = {}
+    for value in values:
+        name, equals, text = value.partition("=")
+        if not equals or not name.isidentifier():
+            raise AnncvtError(f"--arch-args {value!r} is not NAME=VALUE", fix="for example: --arch-args n=3")
+        try:
+            parsed[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            parsed[name] = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    return parsed
+
+
+def instantiate(
+    arch: str, arguments: Mapping[str, Any], folders: Sequence[Path] = (), *, pretrained: bool = False
+) -> tuple[nn.Module, str | None]:
+    """Build ``arch``: ``torchvision:NAME``, ``timm:NAME``, ``hf-hub:NAME`` or ``module:factory``.
+
+    Args:
+        arguments: keyword arguments of the factory.
+        folders: where to look for ``module`` after what is importable.
+        pretrained: take the zoo's weights along.
+
+    Returns:
+        The network and the folder its module was found in (``None``: importable as it is).
+
+    Raises:
+        AnncvtError: nothing has that name, or the factory fails.
+    """
+    prefix, colon, name = arch.partition(":")
+    if not colon or not name:
+        raise AnncvtError(
+            f"architecture {arch!r} has no ':'", fix="write torchvision:NAME, timm:NAME or module:factory"
+        )
+    if prefix == "hf-hub":
+        prefix, name = "timm", arch
+    if prefix in zoo.ZOOS:
+        return _called(arch, lambda: zoo.build(prefix, name, arguments, pretrained=pretrained)), None
+    with contextlib.ExitStack() as stack:
+        factory, folder = _factory(prefix, name, folders, stack)
+        network = _called(arch, lambda: factory(**arguments))
+    return network, folder
+
+
+def _called(arch: str, make: Any) -> nn.Module:
+    from torch import nn
+
+    try:
+        network = make()
+    except AnncvtError:
+        raise
+    except Exception as error:
+        raise AnncvtError(
+            f"{arch} could not be built: {type(error).__name__}: {error}",
+            fix="pass what it needs with --arch-args NAME=VALUE",
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise AnncvtError(f"{arch} makes a {type(network).__name__}, not a torch.nn.Module", fix="name its factory")
+    return network
+
+
+def _factory(module: str, name: str, folders: Sequence[Path], stack: contextlib.ExitStack) -> tuple[Any, str | None]:
+    """The callable, and the folder it was found in; ``stack`` keeps that folder importable until it was called."""
+    top = module.partition(".")[0]
+    fix = "give module:factory of an installed package or of a .py file in this folder or beside the checkpoint"
+    if not all(part.isidentifier() for part in [*module.split("."), *name.split(".")]):
+        raise AnncvtError(f"{module}:{name} is not the name of a Python object", fix=fix)
+    folder: str | None = None
+    if not _importable(top):
+        found = next((f for f in folders if (f / f"{top}.py").is_file() or (f / top).is_dir()), None)
+        if found is None:
+            looked = ", ".join(str(f) for f in folders)
+            raise AnncvtError(f"no module {top!r} is installed" + (f" or in {looked}" if looked else ""), fix=fix)
+        folder = str(found.resolve())
+        stack.enter_context(_on_path(folder))
+        _forget_other(top, folder)
+    value: Any = _imported(module)
+    if folder is not None:
+        _FROM_FOLDER[top] = folder
+    elif (here := Path.cwd() / top).with_suffix(".py").is_file() or here.is_dir():
+        folder = str(Path.cwd())  # importable only because Python runs here: remember where
+    for part in name.split("."):
+        if not hasattr(value, part):
+            public = [n for n, v in vars(value).items() if callable(v) and not n.startswith("_")]
+            raise AnncvtError(
+                f"module {module!r} has no {name!r}", fix=f"it has: {', '.join(public[:12]) or 'nothing'}"
+            )
+        value = getattr(value, part)
+    if not callable(value):
+        raise AnncvtError(f"{module}:{name} is a {type(value).__name__}, not a class or function", fix=fix)
+    return value, folder
+
+
+def _importable(top: str) -> bool:
+    if top in _FROM_FOLDER:
+        return False
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return False
+    # A bare folder on the path is a namespace package of the same name, hardly what was meant.
+    return spec is not None and spec.origin is not None
+
+
+def _imported(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # whatever the user's file raises
+        raise AnncvtError(
+            f"importing {module!r} failed: {type(error).__name__}: {error}", fix="fix that file"
+        ) from error
+
+
+@contextlib.contextmanager
+def _on_path(folder: str) -> Iterator[None]:
+    sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+
+
+def _forget_other(top: str, folder: str) -> None:
+    if _FROM_FOLDER.get(top, folder) != folder:
+        for name in [n for n in sys.modules if n.partition(".")[0] == top]:
+            del sys.modules[name]

@@ -1,0 +1,276 @@
+"""Read pickles without running them: whatever a pickle names becomes an inert stand-in.
+
+``torch.save`` writes pickles, and loading a pickle normally calls what it names. Here nothing is imported and nothing
+is called: tensors become :class:`TensorRef` (where their bytes are), foreign objects become :class:`Inert`, and a
+pickle that asks for a function call is refused by the function's name.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import IO, Any, ClassVar, cast
+
+from anncvt.errors import AnncvtError
+
+#: A checkpoint's pickle holds names, shapes and settings; one with more steps than this is not a checkpoint.
+MAX_OPCODES = 20_000_000
+MAX_BYTES = 512 << 20
+
+#: Storage classes of torch, by the dtype of their elements.
+STORAGE_DTYPES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "UntypedStorage": "uint8",
+}
+
+#: Callables that settings saved beside the weights use (NumPy scalars, paths, dates). They are not called either.
+_HARMLESS = frozenset(
+    f"{module}.{name}"
+    for module, names in {
+        "_codecs": "encode",
+        "collections": "Counter defaultdict deque",
+        "copyreg": "_reconstructor",
+        "copy_reg": "_reconstructor",
+        "datetime": "date datetime time timedelta timezone",
+        "functools": "partial",
+        "numpy": "dtype ndarray",
+        "numpy.core.multiarray": "_reconstruct scalar",
+        "numpy._core.multiarray": "_reconstruct scalar",
+        "pathlib": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
+        "pathlib._local": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
+        "torch": "device",
+        "torch._utils": "_rebuild_qtensor _rebuild_sparse_tensor _rebuild_nested_tensor "
+        "_rebuild_meta_tensor_no_storage _rebuild_device_tensor_from_numpy "
+        "_rebuild_device_tensor_from_cpu_tensor _rebuild_wrapper_subclass",
+        "uuid": "UUID",
+    }.items()
+    for name in names.split()
+)
+_CONTAINERS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": OrderedDict,
+    "torch.Size": tuple,
+    **{
+        f"{module}.{kind.__name__}": kind
+        for module in ("builtins", "__builtin__")
+        for kind in (set, frozenset, list, dict, tuple)
+    },
+}
+
+
+@dataclass(frozen=True)
+class StorageRef:
+    """Bytes of a storage inside the file: ``numel`` elements of ``dtype`` under ``key``, from element ``start``."""
+
+    key: str
+    dtype: str
+    numel: int
+    start: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class TensorRef:
+    """A strided view into a storage; offset, sizes and strides in elements, not yet checked against the storage."""
+
+    storage: StorageRef
+    dtype: str
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _Class(type):
+    """Makes stand-ins note when the pickle calls them (``REDUCE``), as opposed to making an empty instance."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        stand_in = cast("type[Inert]", cls)
+        stand_in.calls.add(stand_in.path)
+        return stand_in.__new__(stand_in, *args)
+
+
+class Inert(metaclass=_Class):
+    """Stands for an instance of a class or function the pickle names; its attributes are what the pickle stored."""
+
+    path: ClassVar[str]  # module.name
+    calls: ClassVar[set[str]]  # of the whole pickle
+    arguments: tuple[Any, ...]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+        instance = object.__new__(cls)
+        instance.arguments = args
+        return instance
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], dict):
+            state = state[0]
+        if isinstance(state, dict):
+            self.__dict__.update({key: value for key, value in state.items() if isinstance(key, str)})
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        return None
+
+    def append(self, item: Any) -> None:
+        return None
+
+    def extend(self, items: Any) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: str
+
+
+@dataclass
+class Unpickled:
+    """What a pickle holds."""
+
+    value: Any
+    names: set[str] = field(default_factory=set)  # every class and function it names, as module.name
+    calls: set[str] = field(default_factory=set)  # those it wants called, harmless ones included
+
+
+def unpickle(stream: IO[bytes], where: str) -> Unpickled:
+    """Read one pickle from ``stream``, leaving the position behind it.
+
+    Raises:
+        AnncvtError: broken, absurdly large, or wants to call a function that no checkpoint needs.
+    """
+    try:
+        data = _bounded(stream)
+        reader = _Reader(io.BytesIO(data), encoding="latin1")
+        value = reader.load()
+    except AnncvtError:
+        raise
+    except Exception as error:
+        raise corrupt(where, str(error) or type(error).__name__) from error
+    refused = sorted(name for name in reader.calls if not _harmless(name))
+    if refused:
+        raise AnncvtError(
+            f"loading this file would call {', '.join(refused[:3])}, which no checkpoint needs: refused, "
+            "nothing was run",
+            where=where,
+            fix="save the weights alone, torch.save(model.state_dict(), path), or, if you trust the file's author "
+            "with your machine, pass --trust-pickle",
+        )
+    return Unpickled(value, reader.names, reader.calls)
+
+
+def corrupt(where: str, detail: str) -> AnncvtError:
+    """The error for a file that starts like a checkpoint and does not hold one."""
+    return AnncvtError(
+        f"the checkpoint is damaged or cut short ({detail})", where=where, fix="download or copy the file again"
+    )
+
+
+def _bounded(stream: IO[bytes]) -> bytes:
+    """The bytes of the next pickle, after a static walk that bounds what reading it can cost."""
+    start = stream.tell()
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        if count > MAX_OPCODES or stream.tell() - start > MAX_BYTES:
+            raise ValueError("its index is absurdly large")
+        # The memo is an array in CPython: one huge index would allocate gigabytes.
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > MAX_OPCODES:
+            raise ValueError("its index is absurdly large")
+    end = stream.tell()
+    stream.seek(start)
+    return stream.read(end - start)
+
+
+def _harmless(name: str) -> bool:
+    if name in _HARMLESS:
+        return True
+    # Enumeration members inside modules of the known libraries are stored as calls of their class.
+    return name.startswith(("torch.nn.", "torchvision.", "timm.")) and name.rpartition(".")[2][:1].isupper()
+
+
+class _Call:
+    """A function of this module as a pickle gets to see it: pickles may set attributes on what they name, not here."""
+
+    __slots__ = ("_function",)
+    _function: Callable[..., Any]
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_function", function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(name)
+
+
+class _Reader(pickle.Unpickler):
+    def __init__(self, file: IO[bytes], *, encoding: str) -> None:
+        super().__init__(file, encoding=encoding)
+        self.names: set[str] = set()
+        self.calls: set[str] = set()
+        self._classes: dict[str, Any] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        path = f"{module}.{name}"
+        self.names.add(path)
+        if path not in self._classes:
+            self._classes[path] = self._stand_in(module, name, path)
+        return self._classes[path]
+
+    def _stand_in(self, module: str, name: str, path: str) -> Any:
+        if path in _CONTAINERS:
+            return _CONTAINERS[path]
+        if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGE_DTYPES:
+            return _Storage(STORAGE_DTYPES[name])
+        if module in ("torch._utils", "torch._tensor") and name in _REBUILD:
+            return _Call(_REBUILD[name])
+        return _Class(name, (Inert,), {"path": path, "calls": self.calls})
+
+    def persistent_load(self, saved_id: Any) -> Any:
+        kind, *rest = saved_id
+        if kind == "module":  # old files keep the source text of a class beside its name
+            return rest[0]
+        storage, key, _location, numel, *view = rest
+        if kind != "storage" or not isinstance(storage, _Storage) or not isinstance(numel, int) or numel < 0:
+            raise ValueError("unknown persistent object")
+        if view and view[0] is not None:
+            _view_key, start, size = view[0]
+            return StorageRef(str(key), storage.dtype, int(size), int(start))
+        return StorageRef(str(key), storage.dtype, numel)
+
+
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> TensorRef:
+    dtype = rest[2].path.removeprefix("torch.") if len(rest) > 2 and hasattr(rest[2], "path") else storage.dtype
+    numbers = [offset, *size, *stride]
+    if not isinstance(storage, StorageRef) or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError("a tensor with impossible sizes")
+    if len(size) != len(stride) or len(size) > 64:
+        raise ValueError("a tensor with impossible sizes")
+    return TensorRef(storage, dtype, offset, tuple(size), tuple(stride))
+
+
+def _rebuild_parameter(data: Any, *rest: Any) -> Any:
+    return data
+
+
+def _rebuild_from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
+    return function(*args)
+
+
+_REBUILD: dict[str, Callable[..., Any]] = {
+    "_rebuild_tensor": _rebuild_tensor,
+    "_rebuild_tensor_v2": _rebuild_tensor,
+    "_rebuild_tensor_v3": _rebuild_tensor,
+    "_rebuild_parameter": _rebuild_parameter,
+    "_rebuild_parameter_with_state": _rebuild_parameter,
+    "_rebuild_from_type_v2": _rebuild_from_type,
+}

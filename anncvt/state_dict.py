@@ -1,0 +1,207 @@
+"""From what a checkpoint holds to one flat ``name -> tensor`` table, and how that table fits a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from anncvt.checkpoint import Checkpoint
+from anncvt.errors import AnncvtError
+from anncvt.pickles import Inert, TensorRef
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+#: Keys under which training scripts keep the weights, the likeliest first.
+WRAPPERS = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "model_state",
+    "net",
+    "network",
+    "params",
+    "module",
+    "weights",
+    "model_ema",
+    "state_dict_ema",
+    "ema_state_dict",
+    "ema",
+)
+#: Prefixes that wrappers put before every name: DataParallel, torch.compile, Lightning modules and the like.
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "encoder.")
+_MAX_TENSORS = 200_000
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of one network as a checkpoint names them."""
+
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...] = ()  # what was unwrapped, for the user
+    module: str | None = None  # class of the pickled module they were taken from
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """How a table of tensors differs from what a network wants."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    shapes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]  # name, in the checkpoint, in the network
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.missing) + len(self.unexpected) + len(self.shapes)
+
+    def describe(self) -> str:
+        """The first differences of each kind, for an error message."""
+        parts = []
+        if self.shapes:
+            name, have, want = self.shapes[0]
+            parts.append(f"{name} is {list(have)} there and {list(want)} in the network" + _more(self.shapes))
+        if self.missing:
+            parts.append(f"the checkpoint lacks {', '.join(self.missing[:3])}" + _more(self.missing, 3))
+        if self.unexpected:
+            parts.append(f"the network has no {', '.join(self.unexpected[:3])}" + _more(self.unexpected, 3))
+        return "; ".join(parts)
+
+
+def _more(items: Sequence[Any], shown: int = 1) -> str:
+    return f" (and {len(items) - shown} more)" if len(items) > shown else ""
+
+
+def weights(checkpoint: Checkpoint, where: str) -> Weights:
+    """The weights inside a checkpoint.
+
+    Raises:
+        AnncvtError: there are none, or several networks' and nothing says which.
+    """
+    value, notes, module = _unwrap(checkpoint.value, where)
+    if isinstance(value, Inert):
+        module = value.path.removeprefix("__torch__.")
+        leaves = _of_module(value, where)
+        notes.append(f"took the weights out of a pickled {module.rpartition('.')[2]}")
+    else:
+        leaves = {name: leaf for name, leaf in value.items() if isinstance(name, str) and _is_tensor(leaf)}
+    if not leaves:
+        raise AnncvtError("no weights inside", where=where, fix="save torch.save(model.state_dict(), path)")
+    return Weights({name: checkpoint.tensor(leaf) for name, leaf in leaves.items()}, tuple(notes), module)
+
+
+def fit(tensors: Mapping[str, Tensor], network: nn.Module) -> tuple[dict[str, Tensor], Mismatch]:
+    """The table under the prefix that fits ``network`` best, and what still differs."""
+    best: tuple[dict[str, Tensor], Mismatch] | None = None
+    for table in _stripped(dict(tensors)):
+        mismatch = compare(table, network)
+        if not mismatch:
+            return table, mismatch
+        if best is None or len(mismatch) < len(best[1]):
+            best = table, mismatch
+    assert best is not None
+    return best
+
+
+def compare(tensors: Mapping[str, Tensor], network: nn.Module) -> Mismatch:
+    """What ``network.load_state_dict(tensors, strict=True)`` would complain about."""
+    own = {
+        name: tuple(value.shape) for name, value in network.state_dict().items() if not name.endswith("_extra_state")
+    }
+    return Mismatch(
+        # Checkpoints from before PyTorch 0.4.1 do not count batches; BatchNorm fills that in.
+        tuple(n for n in own if n not in tensors and not n.endswith(".num_batches_tracked")),
+        tuple(n for n in tensors if n not in own),
+        tuple(
+            (n, tuple(tensors[n].shape), shape)
+            for n, shape in own.items()
+            if n in tensors and tensors[n].shape != shape
+        ),
+    )
+
+
+def _stripped(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    tables = [tensors]
+    while True:
+        current = tables[-1]
+        prefix = next((p for p in PREFIXES if all(name.startswith(p) and name != p for name in current)), None)
+        if prefix is None:
+            return tables
+        tables.append({name[len(prefix) :]: value for name, value in current.items()})
+
+
+def _unwrap(value: Any, where: str) -> tuple[Any, list[str], str | None]:
+    """Descend through ``{'state_dict': ...}`` and the like to a table of tensors or a pickled module."""
+    notes: list[str] = []
+    for _ in range(8):
+        if isinstance(value, Inert) and (_is_module(value) or value.path.startswith("__torch__.")):
+            return value, notes, None
+        if not isinstance(value, Mapping):
+            raise AnncvtError(
+                f"holds a {_kind(value)}, not the weights of a network",
+                where=where,
+                fix="save torch.save(model.state_dict(), path)",
+            )
+        if any(_is_tensor(leaf) for leaf in value.values()):
+            return value, notes, None
+        inside = {k: v for k, v in value.items() if isinstance(k, str) and _holds_weights(v)}
+        key = next((k for k in WRAPPERS if k in inside), next(iter(inside), None) if len(inside) == 1 else None)
+        if key is None:
+            listed = ", ".join(map(repr, list(inside or value)[:8]))
+            what = "several networks" if inside else "no weights"
+            raise AnncvtError(
+                f"{what} inside, under {listed}", where=where, fix="save the one network's state_dict() alone"
+            )
+        others = [k for k in inside if k != key]
+        notes.append(f"weights taken from '{key}'" + (f" (also there: {', '.join(others[:4])})" if others else ""))
+        value = inside[key]
+    raise AnncvtError("wrapped too deeply", where=where, fix="save torch.save(model.state_dict(), path)")
+
+
+def _holds_weights(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_is_tensor(leaf) for leaf in value.values()) or any(
+            k in value and isinstance(value[k], (Mapping, Inert)) for k in WRAPPERS
+        )
+    return isinstance(value, Inert) and (_is_module(value) or value.path.startswith("__torch__."))
+
+
+def _is_tensor(leaf: Any) -> bool:
+    if isinstance(leaf, TensorRef):
+        return True
+    import torch
+
+    return isinstance(leaf, torch.Tensor)
+
+
+def _is_module(value: Inert) -> bool:
+    return isinstance(vars(value).get("_modules"), dict) and isinstance(vars(value).get("_parameters"), dict)
+
+
+def _kind(value: Any) -> str:
+    return value.path if isinstance(value, Inert) else type(value).__name__
+
+
+def _of_module(root: Inert, where: str) -> dict[str, TensorRef]:
+    """What ``state_dict()`` of a pickled or scripted module would hold."""
+    found: dict[str, TensorRef] = {}
+    steps = 0
+    todo: list[tuple[str, Inert]] = [("", root)]
+    while todo:
+        prefix, module = todo.pop()
+        steps += 1
+        if steps > _MAX_TENSORS or len(prefix) > 2000:
+            raise AnncvtError("an absurdly large or endless module", where=where)
+        state = vars(module)
+        if _is_module(module):
+            hidden = state.get("_non_persistent_buffers_set") or ()
+            tables = [state["_parameters"], {k: v for k, v in (state.get("_buffers") or {}).items() if k not in hidden}]
+            children: Mapping[Any, Any] = state["_modules"]
+        else:  # TorchScript keeps parameters, buffers and children as plain attributes
+            tables, children = [state], state
+        for table in tables:
+            found.update({prefix + k: v for k, v in table.items() if isinstance(k, str) and isinstance(v, TensorRef)})
+        todo.extend((f"{prefix}{name}.", child) for name, child in children.items() if isinstance(child, Inert))
+    return found

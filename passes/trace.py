@@ -1,0 +1,154 @@
+"""The network's data flow as FX graphs: which tensor each convolution reads and who reads its output.
+
+Tracing is hierarchical and lean. Hierarchical: a submodule whose Python cannot be traced (control flow on values,
+``*args`` games) becomes a leaf, and its children are traced on their own, so one awkward block does not cost the whole
+network. Lean: only subtrees that own a convolution are inlined; everything else is a leaf, because tracing through it
+gains nothing and may fail. The graphs are read, never run: conversion replaces modules in place.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from anncvt.passes.observe import eval_mode
+
+
+@dataclass(frozen=True)
+class TracedModule:
+    """One module's own graph. Node targets are relative to :attr:`path`."""
+
+    path: str  # qualified name, "" for the network itself
+    graph: fx.Graph | None  # None: untraceable
+    reason: str | None  # why not
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Every graph of a network, outermost first."""
+
+    parts: tuple[TracedModule, ...]
+    readers: dict[str, tuple[str, ...]] = field(default_factory=dict)  # convolution -> who reads its output
+
+    @property
+    def untraceable(self) -> tuple[TracedModule, ...]:
+        return tuple(part for part in self.parts if part.graph is None)
+
+
+def trace(network: nn.Module) -> Trace:
+    """Trace ``network`` in eval mode. Never fails; what cannot be traced is listed with its reason.
+
+    The network is not touched: a copy that shares its tensors is traced, because Python code that stores what it sees
+    would store proxies.
+    """
+    tensors = [*network.parameters(), *network.buffers()]
+    outline = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+    with eval_mode(outline), torch.no_grad():
+        parts = tuple(_hierarchical(outline, ""))
+    readers: dict[str, tuple[str, ...]] = {}
+    modules = dict(outline.named_modules(remove_duplicate=False))
+    for part in parts:
+        if part.graph is not None:
+            readers.update(_readers(part.path, part.graph, modules))
+    return Trace(parts, readers)
+
+
+def _readers(path: str, graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for node in graph.nodes:
+        name = _join(path, str(node.target))
+        if node.op == "call_module" and isinstance(modules.get(name), _ConvNd):
+            users = tuple(_user(path, user) for user in node.users)
+            found[name] = found.get(name, ()) + users
+    return found
+
+
+def _user(path: str, node: fx.Node) -> str:
+    if node.op == "call_module":
+        return _join(path, str(node.target))
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return f"{path}.{target}()"
+
+
+def _hierarchical(module: nn.Module, path: str) -> list[TracedModule]:
+    graph, reason, leaves = _trace_one(module)
+    parts = [TracedModule(path, graph, reason)]
+    if graph is None:
+        todo = [name for name, _ in module.named_children()]
+    else:
+        called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+        todo = sorted(leaves & called)
+    for name in todo:
+        for inner, child in _with_forward(name, module.get_submodule(name)):
+            builtin = type(child).__module__.startswith("torch.nn.") and not isinstance(child, nn.Sequential)
+            if not (isinstance(child, _ConvNd) or builtin) and _relevant(child):
+                parts += _hierarchical(child, _join(path, inner))
+    return parts
+
+
+def _trace_one(module: nn.Module) -> tuple[fx.Graph | None, str | None, set[str]]:
+    """Trace one module's forward; each child that fails is made a leaf and the trace is tried again."""
+    leaves: set[str] = set()
+    while True:
+        tracer = _LeanTracer(leaves)
+        try:
+            return tracer.trace(module, concrete_args=_defaults(module)), None, leaves
+        except Exception as error:  # arbitrary Python code meets proxies
+            if tracer.failed_at is None or tracer.failed_at in leaves:
+                lines = str(error).strip().splitlines() or [""]
+                return None, f"{type(error).__name__}: {lines[0][:160]}", leaves
+            leaves.add(tracer.failed_at)
+
+
+class _LeanTracer(fx.Tracer):
+    def __init__(self, leaves: set[str]) -> None:
+        super().__init__(param_shapes_constant=True)
+        self.leaves = leaves
+        self.failed_at: str | None = None  # the innermost child whose forward raised
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return (
+            module_qualified_name in self.leaves
+            or isinstance(m, (_ConvNd, _BatchNorm))
+            or not _relevant(m)
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed_at is None:
+                self.failed_at = self.path_of_module(m)
+            raise
+
+
+def _relevant(module: nn.Module) -> bool:
+    """Whether the subtree owns a convolution, or a parameter that a functional convolution could use."""
+    return any(
+        isinstance(m, _ConvNd) or any(p.dim() >= 3 for p in m.parameters(recurse=False)) for m in module.modules()
+    )
+
+
+def _defaults(module: nn.Module) -> dict[str, Any] | None:
+    """Optional arguments of forward take their defaults, so that only real inputs are placeholders."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty} or None
+
+
+def _with_forward(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """ModuleList and ModuleDict have no forward of their own: their entries stand for them."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return [found for inner, child in module.named_children() for found in _with_forward(f"{name}.{inner}", child)]
+    return [(name, module)]
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

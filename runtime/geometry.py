@@ -15,6 +15,9 @@ class Padding(NamedTuple):
     right: int
 
 
+NO_PADDING = Padding(0, 0, 0, 0)
+
+
 def expand_padding(padding: Sequence[int]) -> Padding:
     """``(h, w)`` pads both sides alike; ``(top, left, bottom, right)`` is the order of ONNX ``pads``."""
     if len(padding) == 2:

@@ -1,0 +1,85 @@
+"""What a network is compiled for: a name a user can type, resolved to TVM's target and what the kernels need of it."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.target import Target, codegen
+
+from anncvt.errors import AnncvtError
+from anncvt.runtime.kernels.target import host
+from anncvt.runtime.processor import RELEVANT, architecture
+
+#: Processor levels by name (LLVM's x86-64 levels: every processor of the level runs the code).
+LEVELS = {"avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A resolved target.
+
+    ``accumulators``: vectors of 16 float32 sums that its registers hold beside the operands.
+    ``features``: instruction sets the code may use (LLVM's names), to be checked before it is loaded.
+    """
+
+    target: Any
+    architecture: str
+    features: tuple[str, ...]
+    accumulators: int
+    compiler: str | None  # of the linker for another architecture; None: this machine's
+
+    @classmethod
+    def parse(cls, name: str) -> Deployment:
+        """Resolve ``"cpu"`` (this machine), ``"avx2"``, ``"avx512"`` or ``"llvm -mtriple=... -mcpu=... -mattr=..."``.
+
+        Raises:
+            AnncvtError: the name is unknown, or LLVM does not know the processor.
+        """
+        return cls._of(_options(name), name)
+
+    @classmethod
+    def _of(cls, options: dict[str, Any], name: str) -> Deployment:
+        triple = options.get("mtriple", "")
+        machine = triple.split("-")[0] or architecture()
+        try:
+            target = Target(options)
+            found = {str(feature) for feature in codegen.llvm_get_cpu_features(target)}
+        except Exception as error:  # TVM and LLVM report unknown processors and attributes as they like
+            raise _unknown(name) from error
+        features = tuple(sorted(found & RELEVANT))
+        compiler = None if machine == architecture() else f"{triple}-gcc"
+        return cls(target, machine, features, _accumulators(machine, features), compiler)
+
+
+def _options(name: str) -> dict[str, Any]:
+    if name == "cpu":
+        return {"kind": "llvm", "mcpu": host().name}
+    if name in LEVELS:
+        return {"kind": "llvm", "mcpu": LEVELS[name]}
+    words = shlex.split(name)
+    if not words or words[0] != "llvm" or any(not word.startswith("-") or "=" not in word for word in words[1:]):
+        raise _unknown(name)
+    pairs = dict(word.lstrip("-").split("=", 1) for word in words[1:])
+    options: dict[str, Any] = {"kind": "llvm", **pairs}
+    if "mattr" in pairs:
+        options["mattr"] = pairs["mattr"].split(",")
+    return options
+
+
+def _accumulators(machine: str, features: tuple[str, ...]) -> int:
+    """Registers minus operands and a temporary, in vectors of 16."""
+    if "avx512f" in features:
+        return 28  # 32 registers of 16
+    if machine == "aarch64":
+        return 6  # 32 registers of 4
+    return 6 if "avx2" in features else 3  # 16 registers of 8 or 4
+
+
+def _unknown(name: str) -> AnncvtError:
+    return AnncvtError(
+        f"unknown target {name!r}",
+        where="--target",
+        fix='use cpu, avx2, avx512 or an LLVM target such as "llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a72"',
+    )

@@ -1,0 +1,40 @@
+"""Kernels with buffers addressed as one long row: the index arithmetic is the kernel's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from anncvt.runtime.kernels.layer import LANES
+
+
+def function(shapes: Mapping[str, tuple[int, ...]], body: Callable[..., None]) -> tirx.PrimFunc:
+    """A PrimFunc of float32 arguments ``shapes`` (the last is the output); ``body(**buffers)`` emits its statements."""
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("kernel")
+            T.func_attr({"tirx.noalias": True, "op_pattern": 8})  # 8: opaque, the graph fusion leaves it alone
+            arguments = {key: T.arg(key, T.buffer(shape, "float32")) for key, shape in shapes.items()}
+            flat = {
+                key: T.decl_buffer((math.prod(shapes[key]),), "float32", data=argument.data)
+                for key, argument in arguments.items()
+            }
+            with T.sblock("root"):  # the graph passes expect one
+                body(**flat)
+        return builder.get().without_attr("global_symbol")  # a module names it
+
+
+def f32(value: float) -> Any:
+    """A float32 constant."""
+    return tirx.const(value, "float32")
+
+
+def store(target: Any, at: Any, value: Callable[[Any], Any] | Any, lanes: int = LANES) -> None:
+    """``target[at + lane] = value(lane)`` (or a constant) for one vector of ``lanes``."""
+    with T.vectorized(lanes) as lane:
+        T.buffer_store(target, value(lane) if callable(value) else value, [at + lane])

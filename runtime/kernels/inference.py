@@ -1,0 +1,248 @@
+"""Inference kernels: one layer of a network (adder or convolution, scale, shift, residual, activation) as a PrimFunc.
+
+Activations are blocked, ``[N, ceil(C/16), H, W, 16]`` (NCHW16c): one vector of 16 output channels is the unit of work,
+a tile of output pixels is kept in registers, and the input pixel is a broadcast operand. Lanes beyond ``C`` are zero
+in every blocked tensor; all kernels keep it so.
+
+The adder uses ``|x-w| = 2*max(x,w) - x - w``: the patch sum is shared by all output channels, the sum of the weights is
+folded into the shift, and one ``max`` and one fused multiply-add remain per tap, the cost of a convolution.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from anncvt.runtime.kernels.activations import apply, keeps_zero
+from anncvt.runtime.kernels.flat import f32, function, store
+from anncvt.runtime.kernels.layer import LANES, Layer, blocks
+from anncvt.runtime.kernels.tiling import Tiling, spans
+
+
+def pack(layer: Layer, weight: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The kernel's constants: weights in the order they are read, scale and shift per output lane.
+
+    Args:
+        layer: the layer.
+        weight: ``[O, C/groups, kh, kw]``.
+        scale, shift: ``[O]``, float64 (they are folded before rounding).
+
+    Returns:
+        float32 ``[O/16, taps..., 16]``, ``[O/16, 16]``, ``[O/16, 16]``; padded output channels are zero.
+    """
+    out, depth, kh, kw = weight.shape
+    lanes = blocks(out) * LANES
+    shift = shift.astype(np.float64)
+    if layer.form == "max":
+        shift = shift + scale * weight.astype(np.float64).sum((1, 2, 3))
+    width = LANES if layer.blocked and not layer.per_lane else depth
+    full = np.zeros((lanes, blocks(depth) * width if width == LANES else depth, kh, kw), np.float32)
+    full[:out, :depth] = weight
+    split = full.reshape(lanes // LANES, LANES, -1, width, kh, kw)
+    packed = np.ascontiguousarray(split.transpose(0, 2, 4, 5, 3, 1))
+    return packed, _per_lane(scale, lanes), _per_lane(shift, lanes)
+
+
+def _per_lane(values: np.ndarray, lanes: int) -> np.ndarray:
+    full = np.zeros(lanes, np.float32)
+    full[: len(values)] = values
+    return full.reshape(-1, LANES)
+
+
+def build(layer: Layer, cut: Tiling) -> tirx.PrimFunc:
+    """The kernel: arguments ``x, weight, scale, shift[, residual], y`` (shapes of :func:`pack` and :class:`Layer`)."""
+    return _Kernel(layer, cut).function()
+
+
+class _Tile(NamedTuple):
+    """Output pixels summed in registers, relative to the work item."""
+
+    top: Any
+    left: Any
+    tall: int
+    wide: int
+
+
+class _Kernel:
+    """Builds one PrimFunc. All buffers are addressed flat, so index arithmetic is written once, here."""
+
+    def __init__(self, layer: Layer, cut: Tiling) -> None:
+        self.layer, self.cut = layer, cut
+        self.height, self.width = layer.out_size
+        self.out = blocks(layer.out_channels)
+        self.cells = LANES if layer.blocked else layer.in_channels  # channels stored side by side
+        self.in_blocks = blocks(layer.in_channels) if layer.blocked else 1
+        self.row_blocks = -(-self.height // cut.rows)
+        self.out_groups = -(-self.out // cut.out_blocks)
+        self.copied = not layer.blocked or any(layer.padding)
+        reach = tuple((k - 1) * d + 1 for k, d in zip(layer.kernel, layer.dilation, strict=True))
+        self.in_rows = (cut.rows - 1) * layer.stride[0] + reach[0]
+        # Where nothing is copied the kernel reads x itself.
+        self.in_width = (self.width - 1) * layer.stride[1] + reach[1] if self.copied else layer.size[1]
+        self.plane = (self.in_rows if self.copied else layer.size[0]) * self.in_width * self.cells
+        # Input blocks that one output block sees.
+        self.depth = layer.in_channels // layer.groups
+        self.dense_blocks = self.depth // LANES if layer.groups > 1 else self.in_blocks
+        self.sums = layer.form == "max"
+        self.sum_groups = layer.groups if self.sums else 1
+
+    def function(self) -> tirx.PrimFunc:
+        layer = self.layer
+        shapes = {"x": layer.in_shape, "weight": self._weight_shape()}
+        shapes |= dict.fromkeys(("scale", "shift"), (self.out, LANES))
+        shapes |= dict.fromkeys(("residual", "y") if layer.residual else ("y",), layer.out_shape)
+        return function(shapes, self._body)
+
+    def _body(self, x: Any, weight: Any, scale: Any, shift: Any, y: Any, residual: Any = None) -> None:
+        cut = self.cut
+        self.x, self.weight, self.scale, self.shift = x, weight, scale, shift
+        self.residual, self.y = residual, y
+        with T.parallel(self.layer.batch * self.row_blocks * self.out_groups) as item:
+            image = item // (self.row_blocks * self.out_groups)
+            block = item // self.out_groups % self.row_blocks
+            group = item % self.out_groups
+            row = tirx.min(block * cut.rows, self.height - cut.rows)
+            first = tirx.min(group * cut.out_blocks, self.out - cut.out_blocks)
+            source, base = self._input(image, row)
+            sums = self._patch_sums(source, base) if self.sums else None
+            with T.serial(cut.out_blocks) as o:
+                self._output_block(image, row, first + o, source, base, sums)
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        if self.layer.per_lane:
+            return (self.out, 1, *self.layer.kernel, self.depth, LANES)
+        return (self.out, self.dense_blocks, *self.layer.kernel, self.cells, LANES)
+
+    def _input(self, image: Any, row: Any) -> tuple[Any, Any]:
+        """The input rows of a work item and where they begin: a padded copy, or ``x`` itself."""
+        layer = self.layer
+        if not self.copied:
+            return self.x, (image * self.in_blocks * layer.size[0] + row * layer.stride[0]) * self.in_width * self.cells
+        copy = T.alloc_buffer((self.in_blocks * self.plane,), "float32")
+        with T.serial(self.in_blocks) as b, T.serial(self.in_rows) as h:
+            source_row = row * layer.stride[0] + h - layer.padding.top
+            inside = tirx.all(source_row >= 0, source_row < layer.size[0])
+            target = b * self.plane + h * self.in_width * self.cells
+            with T.serial(self.in_width) as w:
+                column = w - layer.padding.left
+                valid = tirx.all(inside, column >= 0, column < layer.size[1])
+                if layer.blocked:
+                    at = (((image * self.in_blocks + b) * layer.size[0] + source_row) * layer.size[1] + column) * LANES
+                    with T.If(valid):
+                        with T.Then():
+                            store(copy, target + w * LANES, lambda lane: self.x[at + lane])
+                        with T.Else():
+                            store(copy, target + w * LANES, f32(0))
+                else:
+                    with T.serial(self.cells) as c:
+                        at = ((image * self.cells + c) * layer.size[0] + source_row) * layer.size[1] + column
+                        value = tirx.if_then_else(valid, self.x[at], f32(0))
+                        T.buffer_store(copy, value, [target + w * self.cells + c])
+        return copy, tirx.const(0, "int32")
+
+    def _patch_sums(self, source: Any, base: Any) -> Any:
+        """``[groups, input rows, output width]``: the sum over channels and kernel columns; kernel rows come later."""
+        layer = self.layer
+        rows = self.in_rows
+        result = T.alloc_buffer((self.sum_groups * rows * self.width,), "float32")
+        per_group = self.in_blocks // self.sum_groups
+        line = T.alloc_buffer((self.in_width,), "float32")
+        with T.serial(self.sum_groups) as g, T.serial(rows) as h:
+            with T.serial(self.in_width) as w:
+                lanes = T.alloc_buffer((self.cells,), "float32", scope="local")
+                at = base + g * per_group * self.plane + (h * self.in_width + w) * self.cells
+                vectorised = T.vectorized if self.cells == LANES else T.unroll
+                with vectorised(self.cells) as lane:
+                    T.buffer_store(lanes, f32(0), [lane])
+                with T.serial(per_group) as b, vectorised(self.cells) as lane:
+                    T.buffer_store(lanes, lanes[lane] + source[at + b * self.plane + lane], [lane])
+                half = self.cells // 2
+                while self.cells == LANES and half:  # pairwise: a serial sum of lanes would cost 16 dependent additions
+                    with T.vectorized(half) as lane:
+                        T.buffer_store(lanes, lanes[lane] + lanes[half + lane], [lane])
+                    half //= 2
+                total = lanes[0] if self.cells == LANES else sum((lanes[c] for c in range(1, self.cells)), lanes[0])
+                T.buffer_store(line, total, [w])
+            with T.serial(self.width) as w:
+                taps = [line[w * layer.stride[1] + k * layer.dilation[1]] for k in range(layer.kernel[1])]
+                T.buffer_store(result, sum(taps[1:], taps[0]), [(g * rows + h) * self.width + w])
+        return result
+
+    def _output_block(self, image: Any, row: Any, o: Any, source: Any, base: Any, sums: Any) -> None:
+        """All pixels of a work item for the 16 output channels ``o``."""
+        cut = self.cut
+        rows, width = (1, cut.rows * self.width) if self.layer.pointwise else (cut.rows, self.width)
+        for (y0, tall_tiles, tall), (x0, wide_tiles, wide) in itertools.product(
+            spans(rows, cut.height), spans(width, cut.width)
+        ):
+            with T.serial(tall_tiles) as i, T.serial(wide_tiles) as j:
+                tile = _Tile(y0 + i * tall, x0 + j * wide, tall, wide)
+                accumulator = T.alloc_buffer((tall * wide * LANES,), "float32", scope="local")
+                with T.unroll(tall * wide) as p, T.vectorized(LANES) as lane:
+                    T.buffer_store(accumulator, f32(0), [p * LANES + lane])
+                self._taps(accumulator, o, source, base, tile)
+                self._epilogue(accumulator, image, row, o, sums, tile)
+
+    def _taps(self, accumulator: Any, o: Any, source: Any, base: Any, tile: _Tile) -> None:
+        layer = self.layer
+        kh, kw = layer.kernel
+        reduced = self.depth if layer.per_lane else self.cells
+        seen = 1 if layer.per_lane else self.dense_blocks
+        of_group = 0 if layer.groups == 1 or layer.per_lane else self._group(o) * self.dense_blocks
+        with T.serial(seen) as b, T.serial(kh) as r, T.serial(kw) as s, T.serial(reduced) as c:
+            weight_at = ((((o * seen + b) * kh + r) * kw + s) * reduced + c) * LANES
+            origin = base + ((tile.top * layer.stride[0] + r * layer.dilation[0]) * self.in_width) * self.cells
+            origin = origin + (tile.left * layer.stride[1] + s * layer.dilation[1]) * self.cells
+            if not layer.per_lane:
+                origin = origin + (of_group + b) * self.plane + c
+            with T.unroll(tile.tall) as i, T.unroll(tile.wide) as j, T.vectorized(LANES) as lane:
+                pixel = origin + (i * layer.stride[0] * self.in_width + j * layer.stride[1]) * self.cells
+                x = source[pixel + self._own_channel(o, lane, c)] if layer.per_lane else source[pixel]
+                at = (i * tile.wide + j) * LANES + lane
+                T.buffer_store(accumulator, accumulator[at] + self._tap(x, self.weight[weight_at + lane]), [at])
+
+    def _group(self, o: Any) -> Any:
+        return o // (self.layer.out_channels // self.layer.groups // LANES)
+
+    def _own_channel(self, o: Any, lane: Any, c: Any) -> Any:
+        """Offset of input channel ``c`` of the group that output lane ``(o, lane)`` belongs to."""
+        layer = self.layer
+        if layer.groups == layer.in_channels == layer.out_channels:
+            return o * self.plane + lane
+        per_group = layer.out_channels // layer.groups
+        channel = tirx.min(o * LANES + lane, layer.out_channels - 1) // per_group * self.depth + c
+        return channel // LANES * self.plane + channel % LANES
+
+    def _tap(self, x: Any, w: Any) -> Any:
+        if self.layer.form == "conv":
+            return x * w
+        if self.layer.form == "abs":
+            return tirx.abs(x - w)
+        # The broadcast pixel must come second: LLVM folds it into vmaxps only there. Times 2 makes the accumulation a
+        # fused multiply-add, which leaves the adders of the CPU to the maximum.
+        return tirx.max(w, x) * f32(2)
+
+    def _epilogue(self, accumulator: Any, image: Any, row: Any, o: Any, sums: Any, tile: _Tile) -> None:
+        layer = self.layer
+        start = (((image * self.out + o) * self.height + row + tile.top) * self.width + tile.left) * LANES
+        with T.unroll(tile.tall) as i, T.unroll(tile.wide) as j, T.vectorized(LANES) as lane:
+            total = accumulator[(i * tile.wide + j) * LANES + lane]
+            if sums is not None:
+                group = 0 if layer.groups == 1 else self._group(o)
+                at = (group * self.in_rows + (tile.top + i) * layer.stride[0]) * self.width + tile.left + j
+                rows = [sums[at + k * layer.dilation[0] * self.width] for k in range(layer.kernel[0])]
+                total = sum(rows[1:], rows[0]) - total
+            elif layer.form == "abs":
+                total = f32(0) - total
+            value = self.scale[o * LANES + lane] * total + self.shift[o * LANES + lane]
+            at = start + (i * self.width + j) * LANES + lane
+            if self.residual is not None:
+                value = value + self.residual[at]
+            value = apply(layer.activation, value)
+            if layer.out_channels % LANES and not keeps_zero(layer.activation):
+                value = tirx.if_then_else(o * LANES + lane < layer.out_channels, value, f32(0))
+            T.buffer_store(self.y, value, [at])

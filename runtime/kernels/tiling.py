@@ -1,0 +1,68 @@
+"""How a layer is cut into work items and register tiles: a small model of cycles, no measuring."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from anncvt.runtime.kernels.layer import LANES, Layer, blocks
+
+#: What one core can keep close while it works on an item (half of a usual second-level cache).
+CACHE_BYTES = 512 * 1024
+#: Bytes per cycle that arrive from beyond that cache.
+BANDWIDTH = 12
+#: Work items so that a few threads are balanced and many threads all have something to do.
+WORK_ITEMS = 8
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """``rows`` x ``out_blocks`` is one work item; ``height`` x ``width`` pixels (at most) are summed in registers."""
+
+    rows: int
+    out_blocks: int
+    height: int
+    width: int
+
+
+def tiling(layer: Layer, accumulators: int) -> Tiling:
+    """The cheapest cut for a machine whose registers hold ``accumulators`` vectors of 16 sums."""
+    height, _ = layer.out_size
+    heights = [rows for rows in range(1, height + 1) if height % rows == 0] or [height]
+    if len(heights) == 2 and height > 2:  # a prime number of rows: the last block may overlap its neighbour
+        heights = sorted({2, 4, 8, -(-height // 4), -(-height // 2), height} & set(range(2, height + 1)))
+    options = itertools.chain.from_iterable(_options(layer, rows, accumulators) for rows in heights)
+    return min(options, key=lambda option: option[0])[1]
+
+
+def spans(extent: int, tile: int) -> list[tuple[int, int, int]]:
+    """``extent`` as equal tiles of at most ``tile``, at most two sizes: ``(start, tiles, size)``."""
+    count = -(-extent // tile)
+    small, larger = divmod(extent, count)
+    cut = [(0, larger, small + 1), (larger * (small + 1), count - larger, small)]
+    return [span for span in cut if span[1]]
+
+
+def _options(layer: Layer, rows: int, accumulators: int) -> list[tuple[tuple[float, ...], Tiling]]:
+    """Every register tile for items of ``rows`` rows, with its cost."""
+    height, width = layer.out_size
+    row_blocks, out = -(-height // rows), blocks(layer.out_channels)
+    out_blocks = max(1, out // max(1, -(-WORK_ITEMS // row_blocks)))
+    grid = (1, rows * width) if layer.pointwise else (rows, width)
+    taps = layer.in_channels // layer.groups * layer.kernel[0] * layer.kernel[1]
+    reach = (layer.kernel[0] - 1) * layer.dilation[0] + 1
+    inputs = layer.in_channels * ((rows - 1) * layer.stride[0] + reach) * layer.size[1] * 4
+    weights = out * LANES * taps * 4
+    moved = weights * (row_blocks if weights > CACHE_BYTES else 1)
+    moved += inputs * row_blocks * (out if inputs > CACHE_BYTES else 1)
+    found = []
+    for tall in range(1, min(grid[0], accumulators) + 1):
+        for wide in range(1, min(grid[1], accumulators // tall) + 1):
+            tiles = -(-grid[0] // tall) * -(-grid[1] // wide)
+            # One operation per pixel and tap and one weight load per tile and tap; latency needs 8 independent sums.
+            per_tap = grid[0] * grid[1] + tiles + max(0, 8 * tiles - grid[0] * grid[1])
+            cycles = per_tap * taps * out * row_blocks + moved / BANDWIDTH
+            items = row_blocks * -(-out // out_blocks)
+            uneven = -(-items // WORK_ITEMS) * WORK_ITEMS / items
+            found.append(((cycles * (1 + 0.02 * (uneven - 1)), tall * wide), Tiling(rows, out_blocks, tall, wide)))
+    return found

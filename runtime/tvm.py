@@ -1,0 +1,215 @@
+"""A whole network as one shared library: compile it with TVM, run it without torch.
+
+The file holds the code for one processor family, the weights and a manifest. Any batch size works: code is generated for
+fixed batch sizes (1 unless told otherwise), which keeps memory planned and index arithmetic constant, and a larger batch
+runs as the largest compiled ones that fit, then the smaller ones.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from anncvt.errors import AnncvtError
+from anncvt.files import atomic_path
+from anncvt.progress import SILENT, Progress
+from anncvt.runtime import artifact, processor
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from anncvt.program import Preprocess, Program
+
+FORMAT = 1
+
+
+def compile(
+    program: Program,
+    path: str | Path,
+    *,
+    target: str = "cpu",
+    batch: int | Sequence[int] = 1,
+    progress: Progress = SILENT,
+) -> Path:
+    """Compile the student of ``program`` to a shared library with the weights inside.
+
+    Args:
+        program: with a student (from the rewrite on).
+        path: the file to write (atomically).
+        target: ``"cpu"`` (this machine), ``"avx2"``, ``"avx512"``, or an LLVM target string for another machine.
+        batch: batch size(s) to generate code for; 1 is always among them.
+        progress: shows the steps.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        AnncvtError: TVM is not installed, there is no student, an operator has no compiled form, the target is unknown,
+            no C compiler links the library, or the file cannot be written.
+    """
+    if program.student is None:
+        raise AnncvtError("there is no student network yet", where="compile", fix="run `anncvt convert` first")
+    about = {"model": program.source.model, "arch": program.source.arch, "classes": program.classes}
+    return compile_network(
+        program.student, program.preprocess, path, target=target, batch=batch, about=about, progress=progress
+    )
+
+
+def compile_network(
+    network: nn.Module,
+    preprocess: Preprocess,
+    path: str | Path,
+    *,
+    target: str = "cpu",
+    batch: int | Sequence[int] = 1,
+    about: dict[str, Any] | None = None,
+    progress: Progress = SILENT,
+) -> Path:
+    """Compile any network of convolutions and adders; see :func:`compile`. ``about`` goes into the manifest as it is."""
+    _require_tvm()
+    from anncvt.program import versions
+    from anncvt.runtime.kernels.deployment import Deployment
+    from anncvt.runtime.kernels.network import build_library, export, lower
+
+    path, sizes = Path(path), _batches(batch)
+    deployment = Deployment.parse(target)
+    functions = {f"batch_{size}": size for size in sizes}
+    with progress.task("Compiling", 3) as task:
+        shapes = {name: (size, *preprocess.input_size) for name, size in functions.items()}
+        module, classes = lower({n: export(network, s) for n, s in shapes.items()}, deployment.accumulators)
+        task.advance()
+        manifest = {
+            "format": FORMAT,
+            **(about or {}),
+            "input": {"name": "image", "shape": ["batch", *preprocess.input_size], "dtype": "float32"},
+            "output": {"name": "logits", "shape": ["batch", classes], "dtype": "float32"},
+            "preprocess": {
+                "input_size": list(preprocess.input_size),
+                "mean": list(preprocess.mean),
+                "std": list(preprocess.std),
+            },
+            "functions": functions,
+            "target": {
+                "name": target,
+                "architecture": deployment.architecture,
+                "features": list(deployment.features),
+            },
+            "versions": versions(),
+        }
+        with atomic_path(path) as temporary:
+            build_library(module, deployment, temporary, task.advance)
+            artifact.seal(temporary, manifest)
+    return path
+
+
+def load(path: str | Path, *, threads: int | None = None) -> Model:
+    """Load a compiled network. Imports no torch.
+
+    Args:
+        path: what :func:`compile` wrote.
+        threads: threads of one call; default: all cores (or ``TVM_NUM_THREADS``).
+
+    Raises:
+        AnncvtError: the file is missing or damaged, this processor lacks instructions it was compiled for, or TVM's
+            runtime is not installed.
+    """
+    path = Path(path)
+    manifest = artifact.read_manifest(path)
+    _check_machine(path, manifest["target"])
+    _require_tvm()
+    return Model(path, manifest, threads)
+
+
+class Model:
+    """A compiled network: ``model(images) -> logits``. Calls from several threads take turns; models run in parallel.
+
+    Attributes:
+        manifest: what the network is, its input and preprocessing, versions and target (a JSON object).
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], threads: int | None = None) -> None:
+        import tvm
+        from tvm.runtime.vm import VirtualMachine
+
+        self.manifest = manifest
+        self._path, self._threads, self._lock = path, threads, threading.Lock()
+        self._configured: set[int] = set()
+        self._tensor = tvm.runtime.tensor
+        self._machine = VirtualMachine(tvm.runtime.load_module(str(path.resolve())), tvm.cpu())
+        functions: dict[str, int] = manifest["functions"]
+        self._functions = sorted(((size, self._machine[name]) for name, size in functions.items()), reverse=True)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Logits ``[N, classes]`` float32 of normalised ``images`` ``[N, C, H, W]``, any ``N``.
+
+        Raises:
+            AnncvtError: the shape does not fit the network.
+        """
+        images = np.ascontiguousarray(images, dtype=np.float32)
+        expected = tuple(self.manifest["preprocess"]["input_size"])
+        if images.ndim != 4 or images.shape[1:] != expected:
+            raise AnncvtError(
+                f"images of shape {list(images.shape)}, expected [N, {', '.join(map(str, expected))}]",
+                where=str(self._path),
+                fix="resize and normalise them as manifest['preprocess'] says",
+            )
+        logits = np.empty((len(images), self.manifest["output"]["shape"][1]), np.float32)
+        with self._lock:
+            self._configure_threads()
+            start = 0
+            for size, function in self._functions:
+                while len(images) - start >= size:
+                    result = function(self._tensor(images[start : start + size]))
+                    logits[start : start + size] = result.numpy()
+                    start += size
+        return logits
+
+    def _configure_threads(self) -> None:
+        """TVM keeps a thread pool per calling thread, so the count is set once in each."""
+        if self._threads is None or threading.get_ident() in self._configured:
+            return
+        import tvm
+
+        tvm.get_global_func("runtime.config_threadpool")(1, self._threads)
+        self._configured.add(threading.get_ident())
+
+
+def _batches(batch: int | Sequence[int]) -> list[int]:
+    sizes = {1, *([batch] if isinstance(batch, int) else batch)}
+    if min(sizes) < 1:
+        raise AnncvtError(f"batch size {min(sizes)}", where="compile", fix="give positive batch sizes")
+    return sorted(sizes)
+
+
+def _check_machine(path: Path, target: dict[str, Any]) -> None:
+    fix = "compile it for this machine (`anncvt compile --target cpu`) or for an older one (`--target avx2`)"
+    if target["architecture"] != processor.architecture():
+        raise AnncvtError(
+            f"compiled for {target['architecture']}, this machine is {processor.architecture()}",
+            where=str(path),
+            fix=fix,
+        )
+    missing = processor.missing(target["features"])
+    if missing:
+        raise AnncvtError(f"this processor lacks {', '.join(missing)}", where=str(path), fix=fix)
+
+
+def _require_tvm() -> None:
+    """Import TVM, without torch where torch is not imported yet: TVM does not need it and it costs seconds."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` raise ImportError
+    try:
+        import tvm  # noqa: F401
+    except ImportError as error:
+        raise AnncvtError(
+            "TVM is not installed", where="runtime.tvm", fix="install it: pip install 'anncvt[tvm]'"
+        ) from error
+    finally:
+        if hidden:
+            del sys.modules["torch"]

@@ -30,9 +30,9 @@ x: [N, C, H, W]; w: [O, C/group, kh, kw]; y: [N, O, H', W'], sizes as for Conv.
 pads: top, left, bottom, right. Padding is by zeros and is part of the sum: a padded tap contributes -|0 - w|.
 x must be finite (infinity times zero in the window extraction is NaN)."""
 
-# The windows are extracted by a convolution with one-hot filters: filter k copies the pixel that kernel position k sees.
-# It understands strides, pads and dilations, and needs no sizes known in advance. All sizes come from Shape, none from
-# constants; Constant nodes hold tensors because importers stumble over the list-of-integers form.
+# The windows are extracted by a convolution with one-hot filters: filter k copies the pixel that kernel position k
+# sees. It understands strides, pads and dilations, and needs no sizes known in advance. All sizes come from Shape, none
+# from constants; Constant nodes hold tensors because importers stumble over the list-of-integers form.
 _SIZES = """
   one = Constant <value: tensor = int64[1] {1}> ()
   rest = Constant <value: tensor = int64[1] {-1}> ()
@@ -81,7 +81,8 @@ _IMAGES = """
     planes = Unsqueeze (pixels, one)
     copies = Conv <strides: ints = @strides, pads: ints = @pads, dilations: ints = @dilations> (planes, one_hot)
     windows = Reshape (copies, windows_shape)
-    filter_sums = Scan <num_scan_inputs: int = 1, body: graph = filter (float[g, t, u] weight) => (float[g, l] filter_sum) {
+    filter_sums = Scan <num_scan_inputs: int = 1,
+        body: graph = filter (float[g, t, u] weight) => (float[g, l] filter_sum) {
       difference = Sub (windows, weight)
       distance = Abs (difference)
       product = MatMul (minus, distance)

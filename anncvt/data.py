@@ -91,7 +91,10 @@ def open_images(
     """
     if limit is not None and limit < 1:
         raise AnncvtError(f"a limit of {limit} images", fix="give --limit a positive number")
-    listing = _list(spec, split, preprocess, data_dir, labelled, limit, seed)
+    if parse_spec(spec)[0] == "synthetic":
+        listing = datasets.synthetic(split, preprocess.input_size, limit, seed)
+    else:
+        listing = _list(spec, split, data_dir, labelled)
     if limit is None:
         order = np.arange(listing.count)
     else:
@@ -112,30 +115,20 @@ def native_size(spec: str, data_dir: str | Path | None = None) -> tuple[int, int
     """
     if parse_spec(spec)[0] == "synthetic":
         return None
-    any_size = Preprocess((3, 1, 1), (0.0,), (1.0,))
     try:
-        listing = _list(spec, "train", any_size, data_dir, False, None, 0)
+        listing = _list(spec, "train", data_dir, False)
     except sources.NoSuchSplit:
-        listing = _list(spec, "test", any_size, data_dir, False, None, 0)
+        listing = _list(spec, "test", data_dir, False)
     probes = np.unique(np.linspace(0, listing.count - 1, 8).astype(np.int64))
     sizes = {picture_size(picture) for _, picture in listing.stream(probes)}
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _list(
-    spec: str,
-    split: Split,
-    preprocess: Preprocess,
-    data_dir: str | Path | None,
-    labelled: bool,
-    limit: int | None,
-    seed: int,
-) -> Listing:
+def _list(spec: str, split: Split, data_dir: str | Path | None, labelled: bool) -> Listing:
+    """The pictures of every kind but ``synthetic``."""
     kind, argument = parse_spec(spec)
     if kind == "digits":
         return datasets.digits(split)
-    if kind == "synthetic":
-        return datasets.synthetic(split, preprocess.input_size, limit, seed)
     if kind == "hf":
         return parquet(argument, split, labelled)
     if kind == "folder":
@@ -151,7 +144,7 @@ def _list(
 
 
 def _decode_all(
-    listing: Listing, order: np.ndarray, size: tuple[int, int, int], workers: int, progress: Progress
+    listing: Listing, order: np.ndarray, size: tuple[int, ...], workers: int, progress: Progress
 ) -> np.ndarray:
     """The pictures of ``listing`` at ``order`` as ``[N, C, H, W]`` uint8, decoded in a pool of threads when many."""
     pixels = np.empty((len(order), *size), np.uint8)
@@ -186,7 +179,7 @@ def _decode_all(
     return pixels
 
 
-def _guard_memory(count: int, size: tuple[int, int, int], spec: str) -> None:
+def _guard_memory(count: int, size: tuple[int, ...], spec: str) -> None:
     """Refuse what would take more than half of the free memory, before reading anything."""
     available = available_memory()
     each = int(np.prod(size))

@@ -7,13 +7,14 @@ import math
 import pickle
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from anncvt.errors import AnncvtError
+from anncvt.images import InputArray, Picture
 from anncvt.sources import Listing, array_listing
 
 #: Held-out images of ``digits``.
@@ -62,14 +63,19 @@ def _stratified(labels: np.ndarray, held_out: int) -> tuple[np.ndarray, np.ndarr
     return np.sort(by_rank[held_out:]), np.sort(by_rank[:held_out])
 
 
-def synthetic(split: str, size: tuple[int, int, int], count: int | None, seed: int) -> Listing:
-    """``count`` (default 1024) noise images of ten labels at ``size``, for trying things out without any data."""
+def synthetic(split: str, size: tuple[int, ...], count: int | None, seed: int) -> Listing:
+    """``count`` (default 1024) noise images of ten labels at ``size``, for trying things out without any data.
+
+    The one data set of every input shape, networks over sequences and volumes included.
+    """
     number = count or 1024
-    noise = np.random.default_rng((seed, split == "test"))
-    labels = np.arange(number, dtype=np.int64) % 10
-    channels, height, width = size
-    pixels = noise.integers(0, 256, (number, height, width, channels), dtype=np.uint8)
-    return array_listing("synthetic", pixels[..., 0] if channels == 1 else pixels, labels, list(_DIGITS))
+
+    def stream(rows: np.ndarray) -> Iterator[tuple[str, Picture]]:
+        for row in rows:
+            noise = np.random.default_rng((seed, split == "test", row))
+            yield "synthetic", InputArray(noise.integers(0, 256, size, np.uint8))
+
+    return Listing(number, stream, np.arange(number, dtype=np.int64) % 10, list(_DIGITS))
 
 
 def cifar10(root: Path, split: str) -> Listing:

@@ -66,9 +66,10 @@ def _forward(network: nn.Module, batch: Tensor, name: str) -> Tensor:
     size = "x".join(map(str, batch.shape[1:]))
     try:
         logits = network(batch)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, AssertionError) as error:  # as layers, ops and models report a wrong shape
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise AnncvtError(
-            f"the network does not take {size} images: {str(error).splitlines()[0]}",
+            f"the network does not take {size} images: {reason}",
             where=name,
             fix="set the size it was trained for with --input-size CHANNELS,HEIGHT,WIDTH",
         ) from error

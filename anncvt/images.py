@@ -16,8 +16,16 @@ from torch import Tensor
 from anncvt.errors import AnncvtError
 from anncvt.program import Preprocess
 
-#: An encoded picture, a picture file, or pixels ``[H, W]`` or ``[H, W, 3]`` uint8.
-Picture = bytes | Path | np.ndarray
+
+@dataclass(frozen=True)
+class InputArray:
+    """What is in the network's own shape already, ``[C, ...]`` uint8."""
+
+    array: np.ndarray
+
+
+#: An encoded picture, a picture file, pixels ``[H, W]`` or ``[H, W, 3]`` uint8, or a finished input.
+Picture = bytes | Path | np.ndarray | InputArray
 
 #: Share of the resized picture that the centre crop keeps (the usual evaluation transform, 256 -> 224).
 CROP = 0.875
@@ -55,7 +63,7 @@ class Images:
 
 
 def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
-    """``[B, C, H, W]`` uint8 (or float on the same scale) -> float32 ``(x / 255 - mean) / std``.
+    """``[B, C, ...]`` uint8 (or float on the same scale) -> float32 ``(x / 255 - mean) / std``.
 
     Raises:
         AnncvtError: the size is not ``preprocess.input_size``, or mean and std do not fit the channels.
@@ -66,19 +74,20 @@ def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
             f"the images are {_by(size)} and the network takes {_by(preprocess.input_size)}",
             fix="open the data with the network's own input size (--input-size)",
         )
-    return (pixels.float() / 255 - _channels(preprocess.mean, size[0])) / _channels(preprocess.std, size[0])
+    return (pixels.float() / 255 - _channels(preprocess.mean, pixels)) / _channels(preprocess.std, pixels)
 
 
-def _channels(values: tuple[float, ...], channels: int) -> Tensor:
+def _channels(values: tuple[float, ...], pixels: Tensor) -> Tensor:
+    channels = pixels.shape[1]
     if len(values) not in (1, channels):
         raise AnncvtError(
             f"{len(values)} values of mean or std for {channels} channels",
             fix=f"give --mean and --std one value, or {channels} separated by commas",
         )
-    return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
+    return torch.tensor(values, dtype=torch.float32).view(-1, *(1,) * (pixels.ndim - 2))
 
 
-def decode(picture: Picture, size: tuple[int, int, int], where: str) -> np.ndarray:
+def decode(picture: Picture, size: tuple[int, ...], where: str) -> np.ndarray:
     """One picture as ``[C, H, W]`` uint8 of exactly ``size``.
 
     A picture that has the size already is left alone. A larger or smaller one is resized (bilinear with antialias) so
@@ -87,11 +96,15 @@ def decode(picture: Picture, size: tuple[int, int, int], where: str) -> np.ndarr
     Raises:
         AnncvtError: the picture cannot be decoded; the message names ``where``.
     """
-    channels, height, width = size
-    if channels not in _MODES:
+    if isinstance(picture, InputArray):
+        return picture.array
+    if len(size) != 3 or size[0] not in _MODES:
         raise AnncvtError(
-            f"no picture has {channels} channels", where=where, fix="use an --input-size of 1 or 3 channels"
+            f"pictures have 1 or 3 channels, height and width; the network's input is {_by(size)}",
+            where=where,
+            fix="set --input-size to CHANNELS,HEIGHT,WIDTH with 1 or 3 channels",
         )
+    channels, height, width = size
     if isinstance(picture, np.ndarray) and picture.shape == (height, width, *(() if channels == 1 else (channels,))):
         return picture[None] if channels == 1 else picture.transpose(2, 0, 1)
     try:
@@ -154,6 +167,7 @@ def augment(batch: Tensor, generator: torch.Generator, pad: int = 4, flip: bool 
 def _open(picture: Picture) -> Image.Image:
     if isinstance(picture, np.ndarray):
         return Image.fromarray(picture)
+    assert not isinstance(picture, InputArray)  # has nothing to decode
     return Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture))
 
 

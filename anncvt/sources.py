@@ -90,6 +90,8 @@ def folder(root: Path, split: str, labelled: bool) -> Listing:
     """
     if not root.is_dir():
         raise AnncvtError("no such folder", where=str(root), fix="give the path of a folder of pictures")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise AnncvtError("no permission to read the folder", where=str(root), fix="correct its permissions")
     children = _subfolders(root)
     splits = [name for name in children if name in SPLIT_NAMES]
     # A class may be called "train": it is a split only if it holds classes, or if nothing but splits is there.
@@ -188,7 +190,7 @@ def shards(pattern: str, split: str, labelled: bool) -> Listing:
         member
         for path in chosen
         for member in _members(path)
-        if not divide or not labelled or held_out(member.key) == (split == "test")
+        if not divide or held_out(member.key) == (split == "test")
     ]
     if not members:
         raise AnncvtError(

@@ -83,13 +83,17 @@ def _open(spec: Spec) -> Callable[..., Any]:
     cpu = host()
     module = tvm.compile(tvm.IRModule({"main": generate(spec, cpu)}), cpu.target())
     counts["compiled"] += 1
-    # Without a writable folder or a linker the kernel still runs, it is just compiled again next time.
+    # Without a writable folder or a C compiler to link with, the kernel still runs; the next process compiles it again.
     with contextlib.suppress(OSError, RuntimeError):
         _store(module, path)
     return module["main"]
 
 
 def _store(module: Any, path: Path) -> None:
+    from tvm.support.cc import get_cc
+
+    if get_cc() is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as scratch:
         fresh = Path(scratch) / path.name

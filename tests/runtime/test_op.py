@@ -1,0 +1,178 @@
+"""The registered op: parity with float64 through autograd, registration, tracing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from parity import Case, assert_parity, cases, op
+
+from anncvt.nn import AdderConv2d
+from anncvt.runtime import reference
+
+KINDS = {
+    "plain": Case(),
+    "vectors": Case(channels=16, outputs=32, size=(9, 10)),
+    "odd channels": Case(channels=17, outputs=10),
+    "stride 2": Case(channels=16, outputs=16, size=(8, 8), stride=(2, 2)),
+    "stride beyond the kernel": Case(channels=4, size=(9, 9), kernel=(1, 2), stride=(3, 3), padding=(0, 0)),
+    "four paddings": Case(padding=(2, 0, 1, 3), stride=(2, 1)),
+    "dilated": Case(size=(9, 9), dilation=(2, 3), padding=(2, 3), stride=(2, 2)),
+    "groups": Case(channels=6, outputs=4, groups=3),
+    "depthwise": Case(channels=1, outputs=1, groups=20, stride=(2, 2), size=(9, 9)),
+    "depthwise with multiplier": Case(channels=1, outputs=2, groups=6),
+    "one pixel": Case(channels=8, outputs=16, size=(1, 1), kernel=(1, 1), padding=(0, 0)),
+    "many rows": Case(batch=1, channels=4, outputs=16, size=(37, 5)),
+    "padding beyond the image": Case(size=(2, 2), padding=(4, 4)),
+}
+
+
+@pytest.mark.parametrize("values", ["normal", "grid"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_parity_of_each_kind(kind, values):
+    assert_parity(op, KINDS[kind], values=values)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(cases())
+def test_parity_of_any_geometry(case):
+    assert_parity(op, case)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None)
+@given(cases())
+def test_parity_of_many_geometries(case):
+    assert_parity(op, case, values="grid")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_accumulate_in_float32(dtype):
+    # one rounding of the result: half a unit in the last place of the type
+    assert_parity(op, KINDS["vectors"], dtype=dtype, tolerance=torch.finfo(dtype).eps)
+
+
+def test_float64_keeps_its_precision():
+    assert_parity(op, KINDS["groups"], dtype=torch.float64, tolerance=1e-14)
+
+
+def test_autocast_like_mixture_of_types():
+    x, weight, _ = Case().tensors()
+    y = op(x.bfloat16(), weight, *Case().arguments())
+    assert y.dtype == torch.bfloat16
+    expected = reference.forward(x.bfloat16(), weight, *Case().arguments())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_layout_is_kept(layout):
+    case = replace(KINDS["vectors"], layout=layout)
+    x, weight, grad = case.tensors()
+    wanted = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+    x.requires_grad_()
+    y = op(x, weight, *case.arguments())
+    assert y.is_contiguous(memory_format=wanted)
+    assert torch.autograd.grad(y, x, grad)[0].is_contiguous(memory_format=wanted)
+
+
+@pytest.mark.parametrize("gradient", ["full", "exact"])
+def test_empty_batch(gradient):
+    case = replace(KINDS["stride 2"], batch=0)
+    x, weight, grad = case.tensors()
+    x.requires_grad_(), weight.requires_grad_()
+    y = op(x, weight, *case.arguments(), gradient)
+    assert y.shape == grad.shape
+    dx, dw = torch.autograd.grad(y, (x, weight), grad)
+    assert dx.shape == x.shape
+    assert torch.equal(dw, torch.zeros_like(weight))
+
+
+def test_a_view_that_starts_between_cache_lines():
+    case = KINDS["vectors"]
+    x, weight, _ = case.tensors()
+    shifted = torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+    torch.testing.assert_close(op(shifted, weight, *case.arguments()), op(x, weight, *case.arguments()))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("gradient", ["full", "exact"])
+def test_opcheck(gradient, layout):
+    case = replace(KINDS["stride 2"], layout=layout)
+    x, weight, grad = case.tensors()
+    arguments = (x.requires_grad_(), weight.requires_grad_(), *case.arguments(), gradient)
+    torch.library.opcheck(torch.ops.anncvt.adder2d, arguments)
+    detached = (grad, x.detach(), weight.detach(), *case.arguments(), gradient, True, True)
+    torch.library.opcheck(torch.ops.anncvt.adder2d_backward, detached)
+
+
+def test_only_the_needed_gradients():
+    case = KINDS["plain"]
+    x, weight, grad = case.tensors()
+    y = op(x, weight.requires_grad_(), *case.arguments())
+    (dw,) = torch.autograd.grad(y, weight, grad)
+    assert dw.shape == weight.shape
+    dx, dw = torch.ops.anncvt.adder2d_backward(grad, x, weight, *case.arguments(), "full", True, False)
+    assert dx.shape == x.shape
+    assert dw.numel() == 0
+
+
+def test_vmap_over_the_input():
+    case = KINDS["stride 2"]
+    x, weight, _ = case.tensors()
+    stack = torch.stack([x, x + 1, x - 2], 1)
+    y = torch.vmap(lambda v: op(v, weight, *case.arguments()), in_dims=1)(stack)
+    for i in range(3):
+        torch.testing.assert_close(y[i], op(stack[:, i].contiguous(), weight, *case.arguments()))
+
+
+def test_vmap_over_the_weights_is_refused():
+    case = KINDS["plain"]
+    x, weight, _ = case.tensors()
+    with pytest.raises(NotImplementedError, match="vmap over the weights"):
+        torch.vmap(lambda w: op(x, w, *case.arguments()))(weight[None])
+
+
+def test_export_keeps_the_node_and_a_free_batch():
+    module = AdderConv2d(3, 4, 3, padding=1).eval()
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(module, (torch.randn(2, 3, 8, 8),), dynamic_shapes=({0: batch},))
+    assert [n.target for n in program.graph.nodes].count(torch.ops.anncvt.adder2d.default) == 1
+    x = torch.randn(5, 3, 8, 8)
+    torch.testing.assert_close(program.module()(x), module(x))
+
+
+def test_symbolic_trace_keeps_the_gradients():
+    module = AdderConv2d(3, 4, 3, padding=1, bias=True, gradient="exact")
+    traced = torch.fx.symbolic_trace(module)
+    x = torch.randn(2, 3, 8, 8)
+    a, b = (m(x) for m in (module, traced))
+    assert torch.equal(a, b)
+    expected, actual = (torch.autograd.grad(y.square().sum(), module.weight)[0] for y in (a, b))
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 8, 8)}, "got 3-d and 4-d"),
+        ({"x": torch.zeros(1, 3, 8, 8, dtype=torch.int32)}, "floating point"),
+        ({"x": torch.zeros(1, 5, 8, 8)}, "do not fit groups=1"),
+        ({"groups": 3}, "do not fit groups=3"),
+        ({"gradient": "signed"}, "must be one of"),
+        ({"padding": [1, 1, 1]}, "2 .h, w. or 4"),
+    ],
+)
+def test_bad_arguments(change, message):
+    arguments = {
+        "x": torch.zeros(1, 3, 8, 8),
+        "weight": torch.zeros(4, 3, 3, 3),
+        "stride": [1, 1],
+        "padding": [1, 1],
+        "dilation": [1, 1],
+        "groups": 1,
+        "gradient": "full",
+    }
+    with pytest.raises(ValueError, match=message):
+        op(*(arguments | change).values())

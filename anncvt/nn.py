@@ -78,7 +78,7 @@ class _AdderNd(nn.Module):
             norm=norm,
             gradient=gradient,
         )
-        adder.weight, adder.bias = conv.weight, conv.bias
+        adder.weight, adder.bias = cast(nn.Parameter, conv.weight), cast("nn.Parameter | None", conv.bias)
         return adder.train(conv.training).to(conv.weight.device)
 
     def extra_repr(self) -> str:
@@ -88,6 +88,11 @@ class _AdderNd(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.response(x)
+        return y if self.norm is None else self.norm(y)
+
+    def response(self, x: Tensor) -> Tensor:
+        """The adder's own output (with its bias), before a norm of its own."""
         if self.padding_mode == "zeros":
             y = self._adder(x, self.padding)
         else:
@@ -95,7 +100,7 @@ class _AdderNd(nn.Module):
             y = self._adder(F.pad(x, flat, mode=self.padding_mode), ((0, 0),) * self.ndim)
         if self.bias is not None:
             y = y + self.bias.view(-1, *(1,) * self.ndim)
-        return y if self.norm is None else self.norm(y)
+        return y
 
     def _adder(self, x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
         raise NotImplementedError

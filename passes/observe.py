@@ -116,6 +116,7 @@ class _Watch(TorchFunctionMode):
         self._stack: list[tuple[str, nn.Module]] = []
         # Outputs of convolutions, kept alive so that their ids stay theirs.
         self._made: dict[int, tuple[Tensor, Call]] = {}
+        self._hidden: list[tuple[Tensor, Call]] = []
         self._image: Tensor | None = None
 
     def run(self, image: Tensor) -> Any:
@@ -152,6 +153,8 @@ class _Watch(TorchFunctionMode):
             for tensor in inputs:
                 if id(tensor) in self._made:
                     self._made[id(tensor)][1].readers.append(_reader(name, module, func))
+            if id(output) in self._made:  # changed in place: what reads it from here on does not read the convolution
+                self._hidden.append(self._made.pop(id(output)))
             if func in FUNCTIONAL:
                 self._convolution(name, module, FUNCTIONAL[func], args, kwargs, output)
             elif func in _LINEAR:

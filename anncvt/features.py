@@ -1,0 +1,51 @@
+"""The feature term of PKKD (arXiv 2009.13044, section 3.2): teacher and student compared in a kernel space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FEATURE_LOSSES = ("kernel", "mse", "none")
+
+
+class FeatureLoss(nn.Module):
+    """``L_mid``, the mean over layers of ``MSE(rho(g(adder)), h(conv))``.
+
+    The inner product ``x*f`` of a convolution and the distance ``|x-f|`` of an adder are moved to comparable scales by
+    a Gaussian-type kernel ``h = exp(u_c / (2 sigma_c^2))`` and a Laplace-type kernel ``g = exp(u_a / (2 sigma_a^2))``.
+    ``u`` is the raw output of the layer, standardised per channel: the raw sums grow with the fan-in and would make
+    exp overflow or vanish. ``sigma`` is learned per layer, ``rho`` is a learned 1x1 convolution that is dropped at
+    inference. Only the student's side has a ``rho``, and both sides are standardised again: with a map on each side
+    the loss is minimised by two maps to zero.
+
+    Args:
+        channels: output channels of every layer.
+        kind: ``"kernel"``, or ``"mse"`` for the same comparison without the kernels.
+    """
+
+    def __init__(self, channels: Sequence[int], kind: str = "kernel") -> None:
+        super().__init__()
+        self.kind = kind
+        self.rho = nn.ParameterList(nn.Parameter(torch.eye(count)) for count in channels)
+        self.log_sigma_adder = nn.Parameter(torch.zeros(len(channels)))
+        self.log_sigma_conv = nn.Parameter(torch.zeros(len(channels)))
+
+    def forward(self, adders: Sequence[Tensor], convolutions: Sequence[Tensor]) -> Tensor:
+        """Raw outputs per layer, ``[N, C, *]`` each; the convolutions' get no gradient. Returns a scalar."""
+        losses = []
+        for at, (adder, convolution) in enumerate(zip(adders, convolutions, strict=True)):
+            g, h = _standardise(adder), _standardise(convolution.detach())
+            if self.kind == "kernel":
+                g = torch.exp(g / (2 * torch.exp(2 * self.log_sigma_adder[at])))
+                h = torch.exp(h / (2 * torch.exp(2 * self.log_sigma_conv[at])))
+            mapped = torch.einsum("oc,nc...->no...", self.rho[at], g)
+            losses.append(F.mse_loss(_standardise(mapped), _standardise(h)))
+        return torch.stack(losses).mean()
+
+
+def _standardise(x: Tensor) -> Tensor:
+    """Zero mean and unit variance per channel over batch and positions."""
+    return F.batch_norm(x, None, None, training=True)

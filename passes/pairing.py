@@ -1,0 +1,82 @@
+"""Teacher and student side by side: which modules correspond, and what flows through them in one forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+
+from anncvt.errors import AnncvtError
+from anncvt.nn import _AdderNd
+from anncvt.program import Program
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One swapped convolution and its adder, with the norm that follows each."""
+
+    name: str
+    conv: nn.Module
+    conv_end: nn.Module  # the teacher's BatchNorm, or the convolution itself where none follows
+    adder: _AdderNd
+    norm: nn.Module  # the student's BatchNorm: the CNN's own, or the one that was inserted
+
+    @property
+    def adder_end(self) -> nn.Module:
+        """The student's module whose output stands for that of :attr:`conv_end`."""
+        return self.adder if self.norm is self.adder.norm else self.norm
+
+
+def pairs(program: Program) -> list[Pair]:
+    """The swapped layers of a rewritten program, in execution order.
+
+    Raises:
+        AnncvtError: the program is not rewritten yet.
+    """
+    if program.plan is None or program.student is None:
+        raise AnncvtError("the network is not converted yet", fix="run the plan and rewrite passes first")
+    found = []
+    for layer in program.plan.swapped:
+        conv = program.teacher.get_submodule(layer.name)
+        adder = cast(_AdderNd, program.student.get_submodule(layer.name))
+        if layer.bn is None:
+            assert adder.norm is not None, f"{layer.name}: the plan promises a norm"
+            found.append(Pair(layer.name, conv, conv, adder, adder.norm))
+        else:
+            bn = program.teacher.get_submodule(layer.bn)
+            found.append(Pair(layer.name, conv, bn, adder, program.student.get_submodule(layer.bn)))
+    return found
+
+
+@contextlib.contextmanager
+def outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Tensor]]]:
+    """Record what each module returns; a module that is called twice has two entries. Clear between passes."""
+    kept: dict[nn.Module, list[Tensor]] = {module: [] for module in modules}
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        kept[module].append(output)
+
+    handles = [module.register_forward_hook(keep) for module in kept]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def detached_inputs(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Cut the gradient in front of each module, so that every one of them learns from its own loss only."""
+
+    def cut(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(value.detach() for value in inputs)
+
+    handles = [module.register_forward_pre_hook(cut) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

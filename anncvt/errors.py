@@ -17,3 +17,8 @@ class GateError(AnncvtError):
     """A check ran and its result is below what was asked for (parity, accuracy gate)."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line: other packages' messages run over pages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,5 +1,76 @@
-"""anncvt turns a pretrained CNN into an adder neural network (``y = -sum |x - w|``) and ships it."""
+"""anncvt turns a pretrained CNN into an adder neural network (``y = -sum |x - w|``) and ships it.
+
+The names below are imported on first use: ``import anncvt`` alone costs nothing and imports no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from anncvt.runtime.threads import calm_openmp
 
-calm_openmp()  # has to happen before torch is imported
+if TYPE_CHECKING:
+    from anncvt.api import (
+        bench,
+        check,
+        compile,
+        convert,
+        distill,
+        evaluate,
+        export,
+        load,
+        plan,
+        run,
+    )
+    from anncvt.errors import AnncvtError
+    from anncvt.program import Program
+
+__all__ = [
+    "AnncvtError",
+    "Program",
+    "bench",
+    "check",
+    "compile",
+    "convert",
+    "distill",
+    "evaluate",
+    "export",
+    "load",
+    "plan",
+    "run",
+]
+
+_HOMES = {"AnncvtError": "anncvt.errors", "Program": "anncvt.program"}
+
+calm_openmp()  # has an effect only before torch is imported
+
+
+class _Package(ModuleType):
+    """Keeps ``anncvt.load`` the function when the module of that name is imported (as for distill and evaluate)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("anncvt")
+    elif name in __all__:
+        value = getattr(import_module(_HOMES.get(name, "anncvt.api")), name)
+    else:
+        raise AttributeError(f"module 'anncvt' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -1,0 +1,369 @@
+"""What the command line calls, for use from Python; re-exported by :mod:`anncvt`.
+
+Wherever a function takes a ``program``, the path of a program folder does as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anncvt import pipeline
+from anncvt.errors import AnncvtError
+from anncvt.measure import DataChoice, accuracy, accuracy_on, chosen, gate, remember, require_parity
+from anncvt.program import Program
+from anncvt.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from anncvt.distill import DistillConfig
+
+__all__ = [
+    "DataChoice",
+    "accuracy",
+    "bench",
+    "check",
+    "compile",
+    "convert",
+    "distill",
+    "evaluate",
+    "export",
+    "gate",
+    "load",
+    "plan",
+    "require_parity",
+    "run",
+]
+
+ONNX, LIBRARY = "model.onnx", "model.so"
+#: Images that ``check`` compares the backends on.
+CHECK_IMAGES = 1000
+
+
+def load(
+    model: str | Path | nn.Module,
+    *,
+    arch: str | None = None,
+    arch_args: Mapping[str, Any] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    trust_pickle: bool = False,
+    progress: Progress = SILENT,
+) -> Program:
+    """Load a CNN, or a program folder.
+
+    Args:
+        model: a checkpoint file, ``torchvision:NAME``, ``timm:NAME``, ``package.module:factory``, an ``nn.Module``, or
+            a program folder (which takes no further options).
+        arch: architecture of a checkpoint that holds weights alone, ``module:factory``, ``torchvision:NAME``, ...
+        arch_args: keyword arguments of the factory.
+        input_size: pixels, ``(height, width)`` or ``(channels, height, width)``.
+        mean, std: per channel, of pixels scaled to [0, 1].
+        trust_pickle: run the code of a pickled checkpoint. It can do anything to your machine.
+
+    Raises:
+        AnncvtError: nothing there, not a checkpoint, or it does not fit the architecture.
+    """
+    options: dict[str, Any] = {"arch": arch, "arch_args": arch_args, "mean": mean, "std": std}
+    return pipeline.open_model(model, input_size=input_size, trust_pickle=trust_pickle, progress=progress, **options)
+
+
+def plan(
+    program: Program | str | Path,
+    *,
+    keep: Sequence[str] = (),
+    swap: Sequence[str] = (),
+    progress: Progress = SILENT,
+) -> Program:
+    """Decide which convolutions become adders. A program that has a plan keeps it unless ``keep`` or ``swap`` say else.
+
+    Raises:
+        AnncvtError: a GLOB matches nothing or asks for the impossible, or there is nothing to convert.
+    """
+    from anncvt.passes.plan import plan as plan_pass
+
+    program = _opened(program, progress)
+    if program.plan is not None and not keep and not swap:
+        return program
+    return plan_pass(program, keep=keep, swap=swap, progress=progress)
+
+
+def convert(
+    model: str | Path | nn.Module,
+    *,
+    output: str | Path,
+    calibrate: str | None = None,
+    distill: str | None = None,
+    arch: str | None = None,
+    arch_args: Mapping[str, Any] | None = None,
+    input_size: int | tuple[int, ...] | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    trust_pickle: bool = False,
+    keep: Sequence[str] = (),
+    swap: Sequence[str] = (),
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    workers: int = 0,
+    budget: float | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    config: DistillConfig | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Program:
+    """The whole way from a CNN to an adder network: load, plan, rewrite, calibrate and, if asked for, distil.
+
+    The folder ``output`` is written after every stage, so that an interrupted conversion can be resumed.
+
+    Args:
+        model, arch, arch_args, input_size, mean, std, trust_pickle: see :func:`load`.
+        output: the program folder to write.
+        calibrate: DATA to fit the adder network to the CNN on; labels are not looked at. Default: that of ``distill``.
+        distill: DATA with labels to train on afterwards, for ``epochs``. None: no distillation.
+        keep, swap: GLOBs over layer names, against the default plan.
+        data_dir: where data sets known by name lie.
+        limit: at most so many images of each split (calibration takes 5000 unless told).
+        workers: decoding threads, 0: one per core.
+        budget: seconds for the calibration.
+        epochs, batch_size, lr: of the distillation; they win over ``config``.
+        config: all hyper-parameters of the distillation.
+        seed: of sampling, order and augmentation (of the distillation only where there is no ``config``).
+        resume: go on where the conversion in ``output`` stopped.
+        force: replace the program in ``output``.
+
+    Raises:
+        AnncvtError: no data, or any stage failed; what was finished before is in ``output``.
+    """
+    if calibrate is None and distill is None:
+        raise AnncvtError(
+            "no images to convert with: a copy of the CNN's weights alone makes no working adder network",
+            fix="name images like those the CNN was trained on: --calibrate DATA (labels are not needed)",
+        )
+
+    def choice(spec: str) -> DataChoice:
+        return DataChoice(spec, None if data_dir is None else str(data_dir), limit, workers, seed)
+
+    return pipeline.convert(
+        model,
+        Path(output),
+        calibration=choice(calibrate or distill or ""),
+        training=None if distill is None else choice(distill),
+        config=_distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr),
+        keep=keep,
+        swap=swap,
+        budget=budget,
+        resume=resume,
+        force=force,
+        options={
+            "arch": arch,
+            "arch_args": arch_args,
+            "input_size": input_size,
+            "mean": mean,
+            "std": std,
+            "trust_pickle": trust_pickle,
+        },
+        progress=progress,
+    )
+
+
+def distill(
+    program: Program | str | Path,
+    data: DataChoice | str | None = None,
+    *,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    config: DistillConfig | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    progress: Progress = SILENT,
+) -> Program:
+    """Distil (further) what was converted, and save it to its folder.
+
+    Args:
+        data: DATA with labels; default: that of the conversion.
+        epochs, batch_size, lr, config, seed: see :func:`convert`.
+        resume: go on from the last training checkpoint in the folder.
+
+    Raises:
+        AnncvtError: the program has no folder or no adder network, or the data have no labels.
+    """
+    program = _opened(program, progress)
+    if program.student is None or program.folder is None:
+        raise AnncvtError(
+            "there is no adder network to distil", where=program.folder, fix="`anncvt convert MODEL -o DIR` first"
+        )
+    choice = chosen(program, _choice(data))
+    settings = _distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr)
+    yardstick = pipeline.Yardstick.find(program, choice, required=True, progress=progress)
+    remember(program, distill=choice)
+    return pipeline.distil(program, Path(program.folder), choice, yardstick, settings, resume=resume, progress=progress)
+
+
+def evaluate(
+    program: Program | str | Path,
+    data: DataChoice | str | None = None,
+    *,
+    split: str = "test",
+    batch_size: int = 256,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Top-1 and top-5 accuracy, ``{"student": {"top1", "top5"}, "teacher": {...}, "images", "data"}`` in percent.
+
+    Args:
+        data: DATA with labels; default: that of the conversion.
+        split: "test" or "train".
+
+    Raises:
+        AnncvtError: no data, no labels, or they do not fit the network.
+    """
+    program = _opened(program, progress)
+    if split not in ("train", "test"):
+        raise AnncvtError(f"no such split: {split!r}", fix="choose train or test")
+    images = chosen(program, _choice(data)).open(
+        "train" if split == "train" else "test", program.preprocess, progress=progress
+    )
+    return accuracy_on(program, images, batch_size=batch_size, progress=progress)
+
+
+def export(
+    program: Program | str | Path, path: str | Path | None = None, *, opset: int = 18, progress: Progress = SILENT
+) -> Path:
+    """Write the adder network as ONNX, to ``model.onnx`` in its folder unless ``path`` says else.
+
+    Raises:
+        AnncvtError: nothing converted yet, not exportable, or ``path`` cannot be written.
+    """
+    from anncvt.runtime import onnx
+
+    program = _opened(program, progress)
+    return onnx.export(program, _beside(program, path, ONNX), opset=opset, progress=progress)
+
+
+def compile(
+    program: Program | str | Path, path: str | Path | None = None, *, target: str = "cpu", progress: Progress = SILENT
+) -> Path:
+    """Compile the adder network with TVM, to ``model.so`` in its folder unless ``path`` says else.
+
+    Raises:
+        AnncvtError: nothing converted yet, TVM missing, an operator without a kernel, or ``path`` cannot be written.
+    """
+    from anncvt.runtime import tvm
+
+    program = _opened(program, progress)
+    return tvm.compile(program, _beside(program, path, LIBRARY), target=target, progress=progress)
+
+
+def check(
+    program: Program | str | Path,
+    data: DataChoice | str | None = None,
+    *,
+    onnx_path: str | Path | None = None,
+    so_path: str | Path | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Compare the exported and the compiled network with torch, see :func:`anncvt.runtime.check.check`.
+
+    Returns:
+        ``{"ok", "backends": {name: {"ok", "max_abs", "max_rel", "top1_agreement"}}, "images", "data", ...}``.
+
+    Args:
+        data: the images to compare on, at most 1000 unless it has a limit; default: the test images of the conversion,
+            else noise.
+        onnx_path, so_path: default: what lies in the program's folder.
+
+    Raises:
+        AnncvtError: neither file is there, or one cannot be run.
+    """
+    from anncvt.runtime.check import check as check_backends
+
+    program = _opened(program, progress)
+    choice = chosen(program, _choice(data), "synthetic")
+    if choice.spec == "synthetic":
+        progress.note("checking on noise; name real images with --data DATA")
+    images = choice.open("test", program.preprocess, at_most=CHECK_IMAGES, labelled=False, progress=progress)
+    result = check_backends(program, images, onnx_path=onnx_path, so_path=so_path, progress=progress)
+    return {**result, "data": images.name}
+
+
+def run(
+    program: Program | str | Path,
+    inputs: str | Path | Sequence[str | Path],
+    *,
+    backend: str = "torch",
+    top: int = 5,
+    progress: Progress = SILENT,
+) -> list[dict[str, Any]]:
+    """Classify picture files: ``{"input", "top": [{"class", "index", "probability"}, ...]}`` for each.
+
+    Args:
+        backend: "torch", "onnxruntime" (what ``export`` wrote) or "tvm" (what ``compile`` wrote).
+
+    Raises:
+        AnncvtError: a picture cannot be read, or the backend has nothing to run.
+    """
+    from anncvt.predict import predict
+    from anncvt.runtime.check import exported_file
+
+    program = _opened(program, progress)
+    pictures = [inputs] if isinstance(inputs, str | Path) else list(inputs)
+    name = {"onnxruntime": ONNX, "tvm": LIBRARY}.get(backend)
+    path = None if name is None else exported_file(program, name)
+    return predict(program, pictures, backend=backend, path=path, top=top, progress=progress)
+
+
+def bench(
+    program: Program | str | Path,
+    *,
+    batch: int = 1,
+    threads: int | None = None,
+    repeats: int = 50,
+    seconds: float = 60,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Time the adder network against its CNN on every backend, see :func:`anncvt.runtime.bench.bench`.
+
+    Returns:
+        ``{"rows": [{"network", "backend", "dtype", "batch", "threads", "p50_ms", "p90_ms", ...}], "missing"}``.
+
+    Raises:
+        AnncvtError: nothing converted yet, or a file in the folder cannot be run.
+    """
+    from anncvt.runtime.bench import bench as bench_backends
+
+    return bench_backends(
+        _opened(program, progress), batch=batch, threads=threads, repeats=repeats, seconds=seconds, progress=progress
+    )
+
+
+def _opened(program: Program | str | Path, progress: Progress) -> Program:
+    return program if isinstance(program, Program) else load(program, progress=progress)
+
+
+def _choice(data: DataChoice | str | None) -> DataChoice | None:
+    return DataChoice(data) if isinstance(data, str) else data
+
+
+def _distill_config(config: DistillConfig | None, seed: int, **given: Any) -> DistillConfig:
+    """``config``, or the defaults with ``seed``; what is ``given`` wins."""
+    from anncvt.distill import DistillConfig
+
+    given = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(config or DistillConfig(seed=seed), **given)
+
+
+def _beside(program: Program, path: str | Path | None, name: str) -> Path:
+    """``path``, or ``name`` in the program's folder."""
+    if path is not None:
+        return Path(path)
+    if program.folder is None:
+        raise AnncvtError(f"where should {name} go?", fix="name a path: the program was not saved to a folder yet")
+    return Path(program.folder) / name

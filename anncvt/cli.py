@@ -1,0 +1,257 @@
+"""The verbs of ``anncvt``: parse, call :mod:`anncvt.api`, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from anncvt import options
+from anncvt.verbs import Verbs, answer, working
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(None, "-V", "--version", package_name="anncvt", message="anncvt %(version)s")
+def cli() -> None:
+    """Turn a pretrained CNN into an adder neural network (y = -sum |x - w|): convert, distil, export, compile, check.
+
+    \b
+    MODEL is a checkpoint (.pth, .safetensors, ...), torchvision:NAME, timm:NAME or module:factory.
+    DATA is digits, synthetic, cifar10, cifar100, mnist, fashion-mnist, imagenet (in --data-dir),
+    folder:PATH, hf:PATH or wds:PATTERN.
+    Exit codes: 0 done, 1 error, 2 usage, 3 accuracy gate or parity failed.
+    """
+
+
+@cli.command(epilog="Example: anncvt plan resnet18.pth --arch torchvision:resnet18 --keep 'layer4.*'")
+@options.model
+@options.layers
+@options.common
+def plan(model: str, keep: tuple[str, ...], swap: tuple[str, ...], **loading: Any) -> None:
+    """Show which convolutions become adders, and why.
+
+    MODEL may be a converted folder: then it shows what happened there.
+    """
+    from anncvt import api, report
+
+    with working() as progress:
+        program = api.plan(api.load(model, **_loading(loading), progress=progress), keep=keep, swap=swap)
+    assert program.plan is not None
+    answer(program.plan.to_json(), report.plan(program.plan))
+
+
+@cli.command(
+    epilog="Example: anncvt convert net.pth --arch mynet:Net --arch-args depth=20 --calibrate folder:photos "
+    "--distill folder:photos --epochs 5 -o net.ann"
+)
+@options.model
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The folder to write, for example net.ann.")
+@options.layers
+@click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+@click.option("--calibrate", metavar="DATA", help="Images to fit the adders on, unlabelled.  [default: --distill]")
+@click.option("--distill", metavar="DATA", help="Labelled images to train on afterwards.")
+@options.reading
+@click.option("--budget", type=options.Duration(), metavar="TIME", help="Time for the calibration: 90s, 5m, 1h.")
+@options.training
+@options.max_drop
+@click.option("--resume", is_flag=True, help="Go on where the conversion in the output folder stopped.")
+@click.option("--force", is_flag=True, help="Replace the program in the output folder.")
+@options.hardware
+@options.common
+def convert(model: str, output: Path | None, dry_run: bool, max_drop: float | None, **rest: Any) -> None:
+    """Turn a CNN into an adder network.
+
+    The whole way: plan, rewrite, calibrate and, with --distill, train.
+
+    The output folder is written after every stage. After an interruption the same command with --resume goes on.
+    """
+    from anncvt import api, report
+
+    loading = _loading({name: rest.pop(name) for name in LOADING})
+    if dry_run:
+        with working() as progress:
+            program = api.load(model, **loading, progress=progress)
+            program = api.plan(program, keep=rest["keep"], swap=rest["swap"], progress=progress)
+        assert program.plan is not None
+        answer(program.plan.to_json(), report.plan(program.plan))
+        return
+    if output is None:
+        raise click.UsageError("where should the result go? Give -o FOLDER, for example -o net.ann (or --dry-run).")
+    with working() as progress:
+        program = api.convert(model, output=output, **loading, **rest, progress=progress)
+    measured = api.accuracy(program)
+    answer(
+        report.summary(program),
+        *([report.accuracy(measured)] if measured else []),
+        f"wrote {output}; next: anncvt export {output} && anncvt compile {output} && anncvt check {output}",
+    )
+    if max_drop is not None:
+        api.gate(measured, max_drop)
+
+
+@cli.command(epilog="Example: anncvt distill net.ann --epochs 10 --lr 0.02")
+@click.argument("folder", type=click.Path())
+@click.option("--data", metavar="DATA", help="Labelled images.  [default: those of the conversion]")
+@options.reading
+@options.training
+@options.max_drop
+@click.option("--resume", is_flag=True, help="Go on from the last training checkpoint.")
+@options.hardware
+@options.common
+def distill(folder: str, max_drop: float | None, **rest: Any) -> None:
+    """Train an adder network with its CNN as teacher (PKKD)."""
+    from anncvt import api, report
+
+    seed = rest["seed"]
+    with working() as progress:
+        program = api.distill(folder, _data(rest), seed=seed, **rest, progress=progress)
+    measured = api.accuracy(program)
+    answer(report.summary(program), *([report.accuracy(measured)] if measured else []))
+    if max_drop is not None:
+        api.gate(measured, max_drop)
+
+
+@cli.command(epilog="Example: anncvt evaluate net.ann --data hf:../cifar10 --limit 2000")
+@click.argument("model", metavar="MODEL_OR_FOLDER")
+@click.option("--data", metavar="DATA", help="Labelled images.  [default: those of the conversion]")
+@click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True)
+@options.reading
+@click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True)
+@options.max_drop
+@options.hardware
+@options.common
+def evaluate(model: str, split: str, batch_size: int, max_drop: float | None, **rest: Any) -> None:
+    """Measure the accuracy of an adder network and its CNN."""
+    from anncvt import api, report
+
+    with working() as progress:
+        measured = api.evaluate(model, _data(rest), split=split, batch_size=batch_size, progress=progress)
+    answer(measured, report.accuracy(measured))
+    if max_drop is not None:
+        api.gate(measured, max_drop)
+
+
+@cli.command(epilog="Example: anncvt export net.ann")
+@click.argument("folder", type=click.Path())
+@click.option("-o", "--output", type=click.Path(), help="The file to write.  [default: FOLDER/model.onnx]")
+@click.option("--opset", type=int, default=18, show_default=True, help="ONNX operator set.")
+@options.common
+def export(folder: str, output: str | None, opset: int) -> None:
+    """Write an adder network as ONNX, for any onnxruntime."""
+    from anncvt import api
+
+    with working() as progress:
+        path = api.export(folder, output, opset=opset, progress=progress)
+    answer(_file(path), f"wrote {path}")
+
+
+@cli.command("compile", epilog="Example: anncvt compile net.ann --target avx2")
+@click.argument("folder", type=click.Path())
+@click.option("-o", "--output", type=click.Path(), help="The file to write.  [default: FOLDER/model.so]")
+@click.option("--target", default="cpu", show_default=True, help="cpu (this machine), avx2, avx512, or an LLVM target.")
+@options.common
+def compile_(folder: str, output: str | None, target: str) -> None:
+    """Compile an adder network with TVM.
+
+    The result is a shared library that runs without torch.
+    """
+    from anncvt import api
+
+    with working() as progress:
+        path = api.compile(folder, output, target=target, progress=progress)
+    answer(_file(path), f"wrote {path}")
+
+
+@cli.command(epilog="Example: anncvt check net.ann --limit 100")
+@click.argument("folder", type=click.Path())
+@click.option("--data", metavar="DATA", help="Images to compare on.  [default: test images of the conversion]")
+@options.reading
+@click.option("--onnx", "onnx_path", type=click.Path(), help="[default: FOLDER/model.onnx]")
+@click.option("--so", "so_path", type=click.Path(), help="[default: FOLDER/model.so]")
+@options.threads
+@options.common
+def check(folder: str, onnx_path: str | None, so_path: str | None, **rest: Any) -> None:
+    """Compare torch, onnxruntime and TVM.
+
+    On up to 1000 images unless --limit says else. Ends with exit code 3 if they differ.
+    """
+    from anncvt import api, report
+
+    with working() as progress:
+        result = api.check(folder, _data(rest), onnx_path=onnx_path, so_path=so_path, progress=progress)
+    answer(result, report.parity(result))
+    api.require_parity(result)
+
+
+@cli.command(epilog="Example: anncvt run net.ann --input cat.png --backend onnxruntime")
+@click.argument("folder", type=click.Path())
+@click.option("--input", "inputs", type=click.Path(), multiple=True, required=True, help="A picture (repeatable).")
+@click.option(
+    "--backend", type=click.Choice(["torch", "onnxruntime", "tvm"]), default="torch", show_default=True, help="Runs it."
+)
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="So many classes.")
+@options.threads
+@options.common
+def run(folder: str, inputs: tuple[str, ...], backend: str, top: int) -> None:
+    """Classify pictures."""
+    from anncvt import api, report
+
+    with working() as progress:
+        found = api.run(folder, inputs, backend=backend, top=top, progress=progress)
+    answer({"backend": backend, "images": found}, report.predictions(found))
+
+
+@cli.command(epilog="Example: anncvt bench net.ann --batch 8 --threads 1")
+@click.argument("folder", type=click.Path())
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images a call.")
+@click.option("--repeats", type=click.IntRange(1), default=50, show_default=True, help="Timed calls of each network.")
+@click.option("--budget", type=options.Duration(), default="1m", show_default=True, help="Time for all calls together.")
+@options.threads
+@options.common
+def bench(folder: str, batch: int, repeats: int, budget: float) -> None:
+    """Time an adder network against its CNN."""
+    from anncvt import api, report
+
+    with working() as progress:
+        result = api.bench(folder, batch=batch, repeats=repeats, seconds=budget, progress=progress)
+    answer(result, report.latency(result))
+
+
+@cli.command(epilog="Example: anncvt report net.ann")
+@click.argument("folder", type=click.Path())
+@options.common
+def report(folder: str) -> None:
+    """Show what is in a folder.
+
+    Where it came from, what was done, what it reached, how large it is.
+    """
+    from anncvt import api
+    from anncvt import report as tables
+
+    with working() as progress:
+        facts = tables.summary(api.load(folder, progress=progress))
+    answer(facts, tables.program(facts))
+
+
+LOADING = ("arch", "arch_args", "input_size", "mean", "std", "trust_pickle")
+
+
+def _loading(values: dict[str, Any]) -> dict[str, Any]:
+    return {**values, "arch_args": dict(values["arch_args"])}
+
+
+def _data(values: dict[str, Any]) -> Any:
+    """Take DATA and how to read it out of a verb's ``values``."""
+    from anncvt.measure import DataChoice
+
+    return DataChoice(*(values.pop(name) for name in ("data", "data_dir", "limit", "workers", "seed")))
+
+
+def _file(path: Path) -> dict[str, Any]:
+    return {"path": str(path), "bytes": path.stat().st_size}
+
+
+def main() -> None:
+    """The console script."""
+    cli(prog_name="anncvt")

@@ -1,0 +1,241 @@
+"""The whole conversion, stage by stage, with the folder written after each of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anncvt import folder
+from anncvt.checkpoint import sha256
+from anncvt.data import Images, native_size
+from anncvt.errors import AnncvtError
+from anncvt.evaluate import evaluate
+from anncvt.load import load
+from anncvt.measure import DataChoice, accuracy_on, remember
+from anncvt.passes.calibrate import calibrate
+from anncvt.passes.plan import plan
+from anncvt.passes.rewrite import rewrite
+from anncvt.program import Program
+from anncvt.progress import SILENT, Progress
+from anncvt.sources import NoSuchSplit
+from anncvt.zoo import ZOOS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from anncvt.distill import DistillConfig
+
+#: Calibration images, unless a limit says otherwise: more change little.
+CALIBRATION_IMAGES = 5000
+#: Test images that accuracy is measured on between stages, unless a limit says otherwise.
+EVALUATION_IMAGES = 10_000
+#: What a conversion or a command on its folder leaves there besides the program itself.
+PRODUCTS = ("train", "model.onnx", "model.so", "report.html")
+
+
+def open_model(
+    model: str | Path | nn.Module,
+    *,
+    data: DataChoice | None = None,
+    input_size: int | tuple[int, ...] | None = None,
+    progress: Progress = SILENT,
+    **options: Any,
+) -> Program:
+    """A program folder, or anything that :func:`anncvt.load.load` takes (with its ``options``).
+
+    Args:
+        data: images that the network will be used with. If they all have one size and nothing else says the input
+            size, it is theirs.
+
+    Raises:
+        AnncvtError: MODEL cannot be loaded, or ``data`` not be read.
+    """
+    if isinstance(model, str | os.PathLike) and folder.is_folder(model):
+        given = [name for name, value in {"input_size": input_size, **options}.items() if value]
+        if given:
+            raise AnncvtError(
+                f"{', '.join(given)} cannot be changed in a program folder",
+                where=str(model),
+                fix="convert the CNN again with other options",
+            )
+        return folder.open_folder(model)
+    program = load(model, input_size=input_size, progress=progress, **options)
+    if data is not None and input_size is None:
+        _take_native_size(program, data, progress)
+    return program
+
+
+def convert(
+    model: str | Path | nn.Module,
+    output: Path,
+    *,
+    calibration: DataChoice,
+    training: DataChoice | None,
+    config: DistillConfig,
+    keep: Sequence[str] = (),
+    swap: Sequence[str] = (),
+    budget: float | None = None,
+    resume: bool = False,
+    force: bool = False,
+    options: Mapping[str, Any],
+    progress: Progress = SILENT,
+) -> Program:
+    """Run every stage that ``output`` has not had yet; :func:`anncvt.api.convert` describes the arguments.
+
+    Nothing is written before the model, the plan and the data have proved usable.
+    """
+    fresh = not (resume and folder.is_folder(output))
+    if fresh:
+        _check_free(output, resume, force)
+        program = _anew(open_model(model, data=calibration, progress=progress, **options))
+        program = rewrite(plan(program, keep=keep, swap=swap, progress=progress))
+    else:
+        program = _continue(model, output, keep, swap)
+        progress.note(f"{output}: resuming after the stage '{program.stage}'")
+    yardstick = Yardstick.find(program, training or calibration, required=training is not None, progress=progress)
+    images = None
+    if not reached(program, "calibrated"):
+        images = calibration.open(
+            "train", program.preprocess, at_most=CALIBRATION_IMAGES, labelled=False, progress=progress
+        )
+    if fresh:
+        remember(program, calibrate=calibration, distill=training)
+        _clear(output)
+        folder.save(program, output)
+    if images is not None:
+        program = calibrate(program, images, budget=budget, seed=calibration.seed, progress=progress)
+        yardstick.record(program, progress)
+        folder.save(program, output)
+    if training is not None and not reached(program, "distilled"):
+        program = distil(program, output, training, yardstick, config, resume=resume, progress=progress)
+    return program
+
+
+def distil(
+    program: Program,
+    output: Path,
+    training: DataChoice,
+    yardstick: Yardstick,
+    config: DistillConfig,
+    *,
+    resume: bool,
+    progress: Progress,
+) -> Program:
+    """Distil, measure, save."""
+    from anncvt.distill import distill
+
+    train = training.open("train", program.preprocess, progress=progress)
+    program = distill(program, train, yardstick.images, config, folder=output, resume=resume, progress=progress)
+    yardstick.record(program, progress)
+    folder.save(program, output)
+    return program
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """The test images of one conversion, and what the CNN reaches on them."""
+
+    images: Images | None
+    teacher: dict[str, float] | None
+
+    @classmethod
+    def find(cls, program: Program, choice: DataChoice, *, required: bool, progress: Progress = SILENT) -> Yardstick:
+        """Open the test split and measure the CNN on it; the class names go into the program.
+
+        Args:
+            required: the labels are needed for training anyway, so that what is wrong with them is an error.
+
+        Raises:
+            AnncvtError: ``required``, and the labels are missing or do not fit the network.
+        """
+        if required:
+            choice.open("train", program.preprocess, at_most=1)
+        try:
+            images = choice.open("test", program.preprocess, at_most=EVALUATION_IMAGES, progress=progress)
+            teacher = evaluate(program.teacher, images, program.preprocess, progress=progress)
+        except AnncvtError as error:
+            if required and not isinstance(error, NoSuchSplit):
+                raise
+            progress.note(f"no accuracy will be measured: {error}")
+        else:
+            if program.classes is None:
+                program.classes = images.classes
+            return cls(images, teacher)
+        return cls(None, None)
+
+    def record(self, program: Program, progress: Progress = SILENT) -> None:
+        """Measure the adder network and add to the history which stage reached what."""
+        if self.images is None:
+            return
+        begin = time.monotonic()
+        measured = accuracy_on(program, self.images, teacher=self.teacher, progress=progress)
+        program.record("evaluated", time.monotonic() - begin, {"of": program.stage, **measured})
+
+
+def reached(program: Program, stage: str) -> bool:
+    """Whether ``stage`` is in the history."""
+    return any(record.stage == stage for record in program.history)
+
+
+def _continue(model: str | Path | nn.Module, output: Path, keep: Sequence[str], swap: Sequence[str]) -> Program:
+    """The program in ``output``, which has to be that of this MODEL and these choices."""
+    path = Path(model) if isinstance(model, str | os.PathLike) else None
+    program = folder.open_folder(output, model=None if isinstance(model, str | os.PathLike) else model)
+    fix = "choose another place with -o, or start anew there with --force"
+    if path is not None and path.is_file() and program.source.sha256 not in (None, sha256(path)):
+        raise AnncvtError(f"was made from another checkpoint than {model}", where=str(output), fix=fix)
+    planned = next((record.metrics for record in program.history if record.stage == "planned"), {})
+    for name, globs in (("keep", keep), ("swap", swap)):
+        if globs and sorted(globs) != sorted(planned.get(name, ())):
+            raise AnncvtError(f"was planned with other --{name} patterns", where=str(output), fix=fix)
+    if program.student is None:
+        raise AnncvtError("holds no adder network to go on with", where=str(output), fix=fix)
+    return program
+
+
+def _anew(program: Program) -> Program:
+    """Only the CNN of a program that went further already."""
+    history = [record for record in program.history if record.stage == "loaded"]
+    return dataclasses.replace(program, student=None, plan=None, history=history, folder=None)
+
+
+def _check_free(output: Path, resume: bool, force: bool) -> None:
+    """Find out that ``output`` cannot be written before the work, not after it."""
+    if folder.is_folder(output) and not force:
+        raise AnncvtError("exists already", where=str(output), fix="go on with --resume, or start anew with --force")
+    if output.exists() and not output.is_dir():
+        raise AnncvtError("is a file", where=str(output), fix="choose another place with -o")
+    if output.is_dir() and not folder.is_folder(output) and any(output.iterdir()):
+        raise AnncvtError("exists and is not a program folder", where=str(output), fix="choose another place with -o")
+    parent = next(place for place in [output, *output.absolute().parents] if place.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise AnncvtError("cannot be written", where=str(output), fix="choose a writable place with -o")
+
+
+def _clear(output: Path) -> None:
+    """Remove what was made from the program that is about to be replaced."""
+    for name in PRODUCTS:
+        product = output / name
+        if product.is_dir():
+            shutil.rmtree(product)
+        else:
+            product.unlink(missing_ok=True)
+
+
+def _take_native_size(program: Program, data: DataChoice, progress: Progress) -> None:
+    """Where only a default says the input size, the images' own is the better guess."""
+    if (program.source.arch or "").partition(":")[0] in (*ZOOS, "hf-hub"):
+        return
+    assert data.spec is not None
+    native = native_size(data.spec, data.data_dir)
+    channels, *pixels = program.preprocess.input_size
+    if native is not None and len(pixels) == 2 and list(native[1:]) != pixels:
+        size = (channels, *native[1:])
+        program.preprocess = dataclasses.replace(program.preprocess, input_size=size)
+        progress.note(f"input size {'x'.join(map(str, size))}, that of the images (--input-size)")

@@ -1,0 +1,187 @@
+"""Tables of what was found, for people; the same figures as plain data, for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from anncvt.measure import accuracy as measured_accuracy
+from anncvt.pipeline import PRODUCTS
+from anncvt.program import Plan, Program
+
+ROLES = {"teacher": "teacher (CNN)", "student": "student (adders)"}
+
+
+def accuracy(measured: dict[str, Any]) -> RenderableType:
+    """What :func:`anncvt.evaluate` returns."""
+    table = _table("network", top1="top-1 %", top5="top-5 %", drop="drop")
+    for role in ("teacher", "student"):
+        if role in measured:
+            drop = measured["teacher"]["top1"] - measured[role]["top1"]
+            shown = "" if role == "teacher" else f"{drop:.2f}"
+            table.add_row(ROLES[role], f"{measured[role]['top1']:.2f}", f"{measured[role]['top5']:.2f}", shown)
+    table.caption = f"{measured['images']} images of {escape(measured['data'])}"
+    return table
+
+
+def plan(decided: Plan) -> RenderableType:
+    """Every convolution with what happens to it and why, and the totals."""
+    table = _table("layer", kind=False, output=False, action=False, macs="MACs", adds="adds", muls="muls", reason=False)
+    for layer in decided.layers:
+        shape = "x".join(map(str, layer.out_shape[1:]))
+        table.add_row(
+            escape(layer.name),
+            f"{layer.kind} {'x'.join(map(str, layer.kernel))}",
+            shape,
+            "[green]adder[/]" if layer.swapped else "[dim]keep[/]",
+            count(layer.macs),
+            count(layer.adds),
+            count(layer.muls),
+            escape(layer.reason),
+        )
+    totals = decided.totals()
+    table.caption = (
+        f"{totals['swapped']} of {totals['convolutions']} convolutions become adders: "
+        f"{totals['swapped_share']:.1%} of {count(totals['macs'])} multiply-accumulates; then "
+        f"{count(totals['adds'])} additions and {count(totals['muls'])} multiplications an image"
+    )
+    return table
+
+
+def parity(result: dict[str, Any]) -> RenderableType:
+    """What :func:`anncvt.check` returns."""
+    table = _table("backend", max_abs="max |diff|", max_rel="relative", agreement="same top-1 %")
+    for name, row in result["backends"].items():
+        table.add_row(name, f"{row['max_abs']:.2e}", f"{row['max_rel']:.2e}", f"{row['top1_agreement']:.2f}")
+    verdict = "[green]equal to torch[/]" if result["ok"] else "[red]NOT equal to torch[/]"
+    table.caption = f"{verdict} on {result['images']} images of {escape(result['data'])}{_missing(result)}"
+    return table
+
+
+def latency(result: dict[str, Any]) -> RenderableType:
+    """What :func:`anncvt.bench` returns, the fastest first."""
+    table = _table("network", backend=False, dtype=False, p50="median ms", p90="90% ms", ratio="of CNN in onnxruntime")
+    for row in sorted(result["rows"], key=lambda row: row["p50_ms"]):
+        table.add_row(
+            ROLES[row["network"]],
+            row["backend"],
+            row["dtype"],
+            f"{row['p50_ms']:.3f}",
+            f"{row['p90_ms']:.3f}",
+            f"{row['ratio']:.2f}x",
+        )
+    first = result["rows"][0]
+    table.caption = f"batch {first['batch']}, threads {first['threads']}{_missing(result)}"
+    return table
+
+
+def predictions(found: Sequence[dict[str, Any]]) -> RenderableType:
+    """What :func:`anncvt.run` returns, one table per picture."""
+    tables = []
+    for picture in found:
+        table = _table("class", probability="%")
+        table.title = escape(picture["input"])
+        for row in picture["top"]:
+            table.add_row(escape(row["class"]), f"{100 * row['probability']:.2f}")
+        tables.append(table)
+    return Group(*tables)
+
+
+def summary(program: Program) -> dict[str, Any]:
+    """Where a program stands: source, plan totals, accuracy, stages, files."""
+    folder = None if program.folder is None else Path(program.folder)
+    return {
+        "folder": program.folder,
+        "model": program.source.model,
+        "arch": program.source.arch,
+        "arch_args": program.source.arch_args,
+        "input_size": list(program.preprocess.input_size),
+        "mean": list(program.preprocess.mean),
+        "std": list(program.preprocess.std),
+        "stage": program.stage,
+        "totals": None if program.plan is None else program.plan.totals(),
+        "accuracy": measured_accuracy(program),
+        "history": [
+            {"stage": record.stage, "seconds": record.seconds, "seed": record.seed, "metrics": record.metrics}
+            for record in program.history
+        ],
+        "files": {} if folder is None else _files(folder),
+    }
+
+
+def program(facts: dict[str, Any]) -> RenderableType:
+    """The tables of a :func:`summary`."""
+    about = _table("program")
+    about.add_column()
+    for name in ("folder", "model", "arch", "stage"):
+        about.add_row(name, escape(str(facts[name])))
+    about.add_row("input", f"{'x'.join(map(str, facts['input_size']))}, mean {facts['mean']}, std {facts['std']}")
+    totals = facts["totals"]
+    if totals:
+        about.add_row("adders", f"{totals['swapped']} of {totals['convolutions']} convolutions")
+        about.add_row("an image takes", f"{count(totals['adds'])} additions, {count(totals['muls'])} multiplications")
+        about.add_row("the CNN took", f"{count(totals['macs'])} of each")
+    history = _table("stage", seconds="seconds", figures=False)
+    for record in facts["history"]:
+        history.add_row(record["stage"], f"{record['seconds']:.1f}", escape(_headline(record["metrics"])))
+    files = _table("file", size="size")
+    for name, size in facts["files"].items():
+        files.add_row(escape(name), f"{count(size)}B")
+    parts: list[RenderableType] = [about, history, files]
+    if facts["accuracy"]:
+        parts.insert(1, accuracy(facts["accuracy"]))
+    return Group(*parts)
+
+
+def count(number: float) -> str:
+    """``41213000`` as ``41.2 M``."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:g} "
+
+
+def _files(folder: Path) -> dict[str, int]:
+    """Bytes of each file (of a folder: of all in it)."""
+    sizes = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.suffix in (".json", ".safetensors") or entry.name in PRODUCTS:
+            parts = [part for part in entry.rglob("*") if part.is_file()] if entry.is_dir() else [entry]
+            sizes[entry.name] = sum(part.stat().st_size for part in parts)
+    return sizes
+
+
+def _missing(result: dict[str, Any]) -> str:
+    return "".join(f"; {escape(name)} {escape(reason)}" for name, reason in result["missing"].items())
+
+
+def _headline(metrics: dict[str, Any]) -> str:
+    """The figures of a stage that fit on a line."""
+    shown = []
+    for name, value in metrics.items():
+        if isinstance(value, dict) and "top1" in value:
+            shown.append(f"{name} {value['top1']:.2f}%")
+        elif isinstance(value, dict) and "spec" in value:
+            shown.append(f"{name} {value['spec']}")
+        elif isinstance(value, float):
+            shown.append(f"{name} {value:.4g}")
+        elif isinstance(value, int | str) and len(str(value)) <= 60:
+            shown.append(f"{name} {value}")
+    return ", ".join(shown)
+
+
+def _table(first: str, **columns: str | bool) -> Table:
+    """A table whose first column is text; of ``columns`` those with a heading of their own (a string) are figures."""
+    table = Table(title_justify="left", caption_justify="left", header_style="bold")
+    table.add_column(first)
+    for name, heading in columns.items():
+        if isinstance(heading, str):
+            table.add_column(heading, justify="right", no_wrap=True)
+        else:
+            table.add_column(name)
+    return table

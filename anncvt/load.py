@@ -253,9 +253,10 @@ def _pickled_module(path: Path, checkpoint: Checkpoint) -> nn.Module:
             value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise AnncvtError(
-            f"a whole pickled module that does not load here: {str(error).strip().splitlines()[0]}",
+            "a whole pickled module that torch's safe unpickler does not load"
+            + (" (it is in the old file format)" if checkpoint.kind == "legacy" else ""),
             where=str(path),
-            fix="pass --arch module:factory; its weights are read without unpickling it",
+            fix="pass --arch module:factory, torchvision:NAME or timm:NAME; its weights are read without unpickling it",
         ) from error
     while isinstance(value, Mapping):
         value = next(v for v in value.values() if isinstance(v, nn.Module))

@@ -52,6 +52,7 @@ _HARMLESS = frozenset(
         "pathlib": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
         "pathlib._local": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
         "torch": "device",
+        "torch.jit._pickle": "build_boollist build_doublelist build_intlist build_tensorlist restore_type_tag",
         "torch._utils": "_rebuild_qtensor _rebuild_sparse_tensor _rebuild_nested_tensor "
         "_rebuild_meta_tensor_no_storage _rebuild_device_tensor_from_numpy "
         "_rebuild_device_tensor_from_cpu_tensor _rebuild_wrapper_subclass",

@@ -29,9 +29,9 @@ def choose_preprocess(
         AnncvtError: the flags do not fit the network's channels or each other.
     """
     prefix, _, name = (arch or "").partition(":")
-    known = None
-    if prefix in (*zoo.ZOOS, "hf-hub"):
-        known = zoo.preprocess("torchvision" if prefix == "torchvision" else "timm", name, network)
+    known = zoo.stated_preprocess(network)
+    if prefix == "torchvision":
+        known = zoo.torchvision_preprocess(name)
     stem = _stem(network)
     channels = stem.in_channels if stem is not None else 3
     assumed = []

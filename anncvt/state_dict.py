@@ -203,5 +203,6 @@ def _of_module(root: Inert, where: str) -> dict[str, TensorRef]:
             tables, children = [state], state
         for table in tables:
             found.update({prefix + k: v for k, v in table.items() if isinstance(k, str) and isinstance(v, TensorRef)})
-        todo.extend((f"{prefix}{name}.", child) for name, child in children.items() if isinstance(child, Inert))
+        inside = [(f"{prefix}{name}.", child) for name, child in children.items() if isinstance(child, Inert)]
+        todo.extend(reversed(inside))  # the last in is the next out
     return found

@@ -107,26 +107,25 @@ def build(zoo: str, name: str, arguments: Mapping[str, Any], *, pretrained: bool
 _WITH_BACKBONE = ("fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet", "ssd", "fcos", "fcn", "deeplabv3", "lraspp")
 
 
-def preprocess(zoo: str, name: str, network: nn.Module | None = None) -> Preprocess | None:
-    """The zoo's own preprocessing of an architecture, where it states one for still images."""
-    if zoo == "timm":
-        config = getattr(network, "default_cfg", None) or getattr(network, "pretrained_cfg", None) or {}
-        if not config.get("input_size"):
-            return None
-        return Preprocess(
-            tuple(config["input_size"]),
-            tuple(config.get("mean", IMAGENET_MEAN)),
-            tuple(config.get("std", IMAGENET_STD)),
-        )
+def stated_preprocess(network: nn.Module) -> Preprocess | None:
+    """The preprocessing a timm network carries with itself."""
+    config = getattr(network, "pretrained_cfg", None) or getattr(network, "default_cfg", None)
+    if not isinstance(config, Mapping) or not config.get("input_size"):
+        return None
+    mean, std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
+    return Preprocess(tuple(config["input_size"]), tuple(mean), tuple(std))
+
+
+def torchvision_preprocess(name: str) -> Preprocess | None:
+    """torchvision's preprocessing of an architecture, where it states one for still images."""
+    import_torchvision()
     models = importlib.import_module("torchvision.models")
     try:
         transform = models.get_model_weights(name).DEFAULT.transforms()
         size, mean, std = transform.crop_size, transform.mean, transform.std
     except (AttributeError, ValueError, TypeError):  # segmentation and video state other things
         return None
-    if len(size) != 1:
-        return None
-    return Preprocess((3, size[0], size[0]), tuple(mean), tuple(std))
+    return Preprocess((3, size[0], size[0]), tuple(mean), tuple(std)) if len(size) == 1 else None
 
 
 def candidates(path: Path) -> list[tuple[str, str]]:
@@ -135,7 +134,9 @@ def candidates(path: Path) -> list[tuple[str, str]]:
     if exact:
         return exact
     stem = re.sub(r"[-_.][0-9a-f]{8,}$", "", path.stem).replace("-", "_").lower()
-    return [(zoo, name) for zoo in ZOOS for name in names(zoo) if name.lower() == stem]
+    base, dot, _ = stem.partition(".")  # timm names a training recipe behind a dot: resnet18.a1_in1k
+    zoos = ("timm",) if dot else ZOOS
+    return [(zoo, name) for zoo in zoos for name in names(zoo) if name.lower() == base]
 
 
 def _torchvision_file(file: str) -> list[str]:

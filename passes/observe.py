@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -72,6 +73,11 @@ def observe(network: nn.Module, input_size: tuple[int, ...]) -> Observation:
     Raises:
         AnncvtError: the forward pass fails.
     """
+    inputs = _required_inputs(network)
+    if len(inputs) > 1:
+        raise AnncvtError(
+            f"the network takes {len(inputs)} inputs ({', '.join(inputs)})", fix="convert a network of one image"
+        )
     watch = _Watch(network)
     parameter = next(network.parameters(), torch.empty(0))
     image = torch.zeros(1, *input_size, dtype=parameter.dtype, device=parameter.device)
@@ -90,6 +96,12 @@ def observe(network: nn.Module, input_size: tuple[int, ...]) -> Observation:
     if not shapes:
         raise AnncvtError("the network's forward returns no tensor", fix="convert the part of it that does")
     return Observation(watch.calls, watch.linear_macs, shapes[0], shapes, tuple(watch.order))
+
+
+def _required_inputs(network: nn.Module) -> list[str]:
+    parameters = inspect.signature(network.forward).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind in positional]
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def _check(program: Program, student: nn.Module) -> None:
     """The student runs in both modes, with the teacher's shapes, through every adder, and kept layers are the same."""
     assert program.plan is not None
     size = program.preprocess.input_size
-    before, after = observe(program.teacher, size), _run_both_modes(student, size)
+    before, after = _shapes(program.teacher, size), _shapes(student, size)
     if before.output_shapes != after.output_shapes:
         raise _wrong(f"outputs are {after.output_shapes}, were {before.output_shapes}")
     ran = set(after.order)
@@ -61,31 +61,39 @@ def _check(program: Program, student: nn.Module) -> None:
     if asleep:
         raise _wrong(f"{asleep[0]} is never called: its parent keeps another reference to the convolution", asleep[0])
     _check_kept(program.teacher, student, program.plan)
+    trouble = _trouble_in_training(student, size)
+    if trouble is not None and _trouble_in_training(program.teacher, size) is None:
+        raise _wrong(f"it does not run in training mode: {trouble}")
 
 
-def _run_both_modes(student: nn.Module, size: tuple[int, ...]) -> Observation:
-    """Run a copy in training and in eval mode: without data where possible, for only shapes are wanted here."""
-    for device in ("meta", None):
-        outline = copy.deepcopy(student)
+def _shapes(network: nn.Module, size: tuple[int, ...]) -> Observation:
+    """One pass in eval mode: without data where that works, for only names and shapes are wanted."""
+    try:
+        return observe(_outline(network, "meta"), size)
+    except Exception:  # a forward that looks at values, or makes tensors of its own, needs real ones
+        return observe(network, size)
+
+
+def _trouble_in_training(network: nn.Module, size: tuple[int, ...]) -> str | None:
+    """Why a pass of two images in training mode fails, if it does."""
+    message = ""
+    for device in ("meta", "cpu"):
+        outline = _outline(network, device).train()
         try:
-            if device is not None:
-                outline.to(device)
-            _run_training(outline, size)
-            return observe(outline, size)
-        except Exception as error:
-            if device is not None:
-                continue  # a forward that looks at values or makes tensors of its own needs real ones
-            if isinstance(error, AnncvtError):
-                raise
-            raise _wrong(f"it does not run in training mode: {type(error).__name__}: {error}") from error
-    raise AssertionError("unreachable")
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                outline(torch.zeros(2, *size, dtype=next(outline.parameters()).dtype, device=device))
+            return None
+        except Exception as error:  # arbitrary Python code runs here
+            message = f"{type(error).__name__}: {error}"
+    return message
 
 
-def _run_training(network: nn.Module, size: tuple[int, ...]) -> None:
-    parameter = next(network.parameters())
-    images = torch.zeros(2, *size, dtype=parameter.dtype, device=parameter.device)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        network.train()(images)
+def _outline(network: nn.Module, device: str) -> nn.Module:
+    """A copy of the network with its tensors on ``device``."""
+    memo: dict[int, object] = {id(buffer): buffer.to(device, copy=True) for buffer in network.buffers()}
+    for parameter in network.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to(device, copy=True), parameter.requires_grad)
+    return copy.deepcopy(network, memo)
 
 
 def _check_kept(teacher: nn.Module, student: nn.Module, plan: Plan) -> None:

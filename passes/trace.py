@@ -65,9 +65,18 @@ def _readers(path: str, graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[
     for node in graph.nodes:
         name = _join(path, str(node.target))
         if node.op == "call_module" and isinstance(modules.get(name), _ConvNd):
-            users = tuple(_user(path, user) for user in node.users)
+            users = tuple(_user(path, user) for user in _beyond_identity(node, path, modules))
             found[name] = found.get(name, ()) + users
     return found
+
+
+def _beyond_identity(node: fx.Node, path: str, modules: dict[str, nn.Module]) -> list[fx.Node]:
+    """The users of a node; where one is an ``nn.Identity``, its users."""
+    users: list[fx.Node] = []
+    for user in node.users:
+        module = modules.get(_join(path, str(user.target))) if user.op == "call_module" else None
+        users += _beyond_identity(user, path, modules) if type(module) is nn.Identity else [user]
+    return users
 
 
 def _user(path: str, node: fx.Node) -> str:

@@ -1,0 +1,95 @@
+"""Tiny networks, one for each thing that a pretrained CNN can do to a converter."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Residual(nn.Module):
+    """Stem, one residual block with a strided shortcut, linear classifier: ``[N, 3, 8, 8] -> [N, 5]``."""
+
+    def __init__(self, width: int = 4, classes: int = 5) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(width, 2 * width, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(2 * width)
+        self.conv2 = nn.Conv2d(2 * width, 2 * width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(2 * width)
+        self.down = nn.Sequential(nn.Conv2d(width, 2 * width, 1, 2, bias=False), nn.BatchNorm2d(2 * width))
+        self.head = nn.Linear(2 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.stem(x)))
+        y = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(y)) + self.down(x))
+        return self.head(x.mean((2, 3)))
+
+
+class Mobile(nn.Module):
+    """Pointwise, depthwise, grouped, a squeeze-and-excitation gate and a convolutional classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.expand = nn.Conv2d(8, 16, 1)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.squeeze = nn.Conv2d(16, 4, 1)
+        self.excite = nn.Conv2d(4, 16, 1)
+        self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=4)
+        self.norm = nn.BatchNorm2d(16)
+        self.classifier = nn.Conv2d(16, 7, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.expand(F.relu(self.stem(x))))
+        x = self.depthwise(x)
+        x = x * torch.sigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(x, 1)))))
+        x = F.relu(self.norm(self.grouped(x)))
+        return self.classifier(F.adaptive_avg_pool2d(x, 1)).flatten(1)
+
+
+class Awkward(nn.Module):
+    """Control flow on values; functional, shared, idle, transposed and subclassed convolutions."""
+
+    class Standardised(nn.Conv2d):
+        """Weight standardisation."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    class Branch(nn.Module):
+        """Symbolic tracing cannot follow this ``if``."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+            self.bn = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.sum() > 1e6:
+                x = x - 1
+            return self.bn(self.conv(x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.branch = self.Branch()
+        self.shared = nn.Conv2d(4, 4, 3, padding=1)
+        self.alias = self.shared
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+        self.standardised = self.Standardised(4, 4, 3, padding=1)
+        self.up = nn.ConvTranspose2d(4, 4, 2, 2)
+        self.idle = nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.branch(F.relu(self.stem(x)))
+        x = F.relu(self.alias(F.relu(self.shared(x))))
+        x = self.standardised(F.conv2d(x, self.weight, padding=1))
+        x = self.up(x)
+        if self.training:
+            x = x + self.idle(x)
+        return self.head(x.mean((2, 3)))

@@ -1,0 +1,230 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from networks import Residual
+from torch import nn
+
+from anncvt import zoo
+from anncvt.errors import AnncvtError
+from anncvt.load import build, load
+
+
+class Notes:
+    def __init__(self):
+        self.lines = []
+
+    def note(self, message):
+        self.lines.append(message)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint beside the Python file of its architecture, and the network it holds."""
+    torch.manual_seed(0)
+    network = Residual().eval()
+    (tmp_path / "anncvt_arch.py").write_text(Path(sys.modules["networks"].__file__).read_text())
+    torch.save(network.state_dict(), tmp_path / "net.pth")
+    return tmp_path / "net.pth", network
+
+
+def test_a_checkpoint_with_its_architecture_beside_it(saved):
+    path, network = saved
+    notes = Notes()
+    program = load(path, arch="anncvt_arch:Residual", arch_args={"classes": 5}, progress=notes)
+    assert program.source.arch_path == str(path.parent) and len(program.source.sha256) == 64
+    assert any("anncvt_arch:Residual from" in line for line in notes.lines)
+    assert not program.teacher.training and program.stage == "loaded"
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(program.teacher(x), network(x))
+
+
+def test_build_gives_the_architecture_again(saved):
+    path, network = saved
+    source = load(path, arch="anncvt_arch:Residual").source
+    built = build(source)
+    assert list(built.state_dict()) == list(network.state_dict())
+
+
+def test_the_architecture_is_in_the_current_folder(saved, tmp_path_factory, monkeypatch):
+    path, _ = saved
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "anncvt_arch_here.py").write_text((path.parent / "anncvt_arch.py").read_text())
+    monkeypatch.chdir(elsewhere)
+    assert load(path, arch="anncvt_arch_here:Residual").source.arch_path == str(elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ({"classes": 7}, ["head.weight is [5, 8] there and [7, 8]", "(and 1 more)"]),
+        ({"width": 8}, ["stem.weight is [4, 3, 3, 3] there and [8, 3, 3, 3]"]),
+    ],
+)
+def test_a_wrong_architecture_names_the_first_differences(saved, arguments, parts):
+    with pytest.raises(AnncvtError) as error:
+        load(saved[0], arch="anncvt_arch:Residual", arch_args=arguments)
+    assert all(part in str(error.value) for part in parts)
+    assert "--arch-args" in error.value.fix
+
+
+def test_another_number_of_classes_is_recognised(saved):
+    with pytest.raises(AnncvtError) as error:
+        load(saved[0], arch="anncvt_arch:Residual", arch_args={"classes": 7})
+    assert "num_classes=5" in error.value.fix
+
+
+def test_weights_alone_ask_for_the_architecture(saved):
+    with pytest.raises(AnncvtError, match="nothing says for which network") as error:
+        load(saved[0])
+    assert "--arch" in error.value.fix
+
+
+def test_weights_that_are_not_numbers(saved):
+    path, network = saved
+    table = network.state_dict()
+    table["conv1.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(table, path)
+    with pytest.raises(AnncvtError, match=r"conv1.weight holds NaN"):
+        load(path, arch="anncvt_arch:Residual")
+
+
+def test_half_precision_weights_load_into_the_architecture_as_it_is(saved):
+    path, network = saved
+    torch.save(network.half().state_dict(), path)
+    assert load(path, arch="anncvt_arch:Residual").teacher.conv1.weight.dtype == torch.float32
+
+
+def test_a_module_in_python_is_copied():
+    network = Residual().train()
+    program = load(network, input_size=8)
+    assert program.teacher is not network and network.training and not program.teacher.training
+    assert program.source.arch is None and program.source.model == "Residual"
+    with pytest.raises(AnncvtError, match="Python object"):
+        build(program.source)
+
+
+def test_wrappers_of_modules_are_taken_off():
+    assert isinstance(load(nn.DataParallel(Residual())).teacher, Residual)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_scripted_modules_are_refused():
+    with pytest.raises(AnncvtError, match="TorchScript"):
+        load(torch.jit.script(nn.Conv2d(3, 4, 3)))
+
+
+def test_a_factory_as_model():
+    notes = Notes()
+    program = load("networks:Residual", arch_args={"width": 6}, progress=notes)
+    assert program.teacher.stem.out_channels == 6 and program.source.arch == "networks:Residual"
+    assert any("random" in line for line in notes.lines)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("missing.pth", "no such file"), ("no_such_module:net", "no module"), ("a/b:c.pth", "no such file")],
+)
+def test_models_that_are_not_there(model, message):
+    with pytest.raises(AnncvtError, match=message):
+        load(model)
+
+
+def test_a_folder_is_not_a_checkpoint(tmp_path):
+    with pytest.raises(AnncvtError, match="a folder"):
+        load(tmp_path)
+
+
+def test_a_pickled_module_of_torch_classes_brings_its_architecture(tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    torch.save(network, tmp_path / "net.pt")
+    program = load(tmp_path / "net.pt")
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.equal(program.teacher(x), network(x))
+    assert torch.equal(build(program.source)(x), network(x))
+
+
+def test_a_pickled_module_of_other_classes_needs_its_architecture(tmp_path, saved):
+    network = saved[1]
+    torch.save(network, tmp_path / "whole.pt")
+    with pytest.raises(AnncvtError, match=r"networks\.Residual") as error:
+        load(tmp_path / "whole.pt")
+    assert "--arch" in error.value.fix
+    program = load(tmp_path / "whole.pt", arch="anncvt_arch:Residual")
+    assert torch.equal(program.teacher.conv1.weight, network.conv1.weight)
+
+
+def test_allowed_names_do_not_include_functions_of_the_library(tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3))
+    network.extra = torch.hub.load
+    torch.save(network, tmp_path / "net.pt")
+    with pytest.raises(AnncvtError, match=r"torch\.hub\.load"):
+        load(tmp_path / "net.pt")
+
+
+class Opener:
+    """Needs a call when unpickled; harmless, but nothing that could know that."""
+
+    def __reduce__(self):
+        return json.loads, ("3",)
+
+
+def test_trust_pickle_runs_what_is_refused_otherwise(tmp_path, saved):
+    path, network = saved
+    torch.save({"state_dict": network.state_dict(), "x": Opener()}, path)
+    with pytest.raises(AnncvtError, match=r"json\.loads"):
+        load(path, arch="anncvt_arch:Residual")
+    program = load(path, arch="anncvt_arch:Residual", trust_pickle=True)
+    assert torch.equal(program.teacher.conv1.weight, network.conv1.weight)
+
+
+needs_torchvision = pytest.mark.skipif(not zoo.names("torchvision"), reason="torchvision is not installed")
+
+
+@needs_torchvision
+def test_the_file_name_suggests_and_every_tensor_confirms(tmp_path):
+    network = zoo.build("torchvision", "squeezenet1_1", {})
+    torch.save(network.state_dict(), tmp_path / "squeezenet1_1-b8a52dc0.pth")
+    notes = Notes()
+    program = load(tmp_path / "squeezenet1_1-b8a52dc0.pth", progress=notes)
+    assert program.source.arch == "torchvision:squeezenet1_1" and program.preprocess.input_size == (3, 224, 224)
+    assert any("strict match" in line for line in notes.lines)
+    torch.save(zoo.build("torchvision", "squeezenet1_0", {}).state_dict(), tmp_path / "squeezenet1_1-b8a52dc0.pth")
+    with pytest.raises(AnncvtError, match="do not fit torchvision:squeezenet1_1"):
+        load(tmp_path / "squeezenet1_1-b8a52dc0.pth")
+
+
+@needs_torchvision
+def test_ambiguous_names_are_listed_not_guessed(tmp_path, monkeypatch):
+    network = zoo.build("torchvision", "squeezenet1_1", {})
+    torch.save(network.state_dict(), tmp_path / "net.pth")
+    pair = [("torchvision", "squeezenet1_1"), ("torchvision", "squeezenet1_1")]
+    monkeypatch.setattr(zoo, "candidates", lambda path: pair)
+    with pytest.raises(AnncvtError, match="several architectures fit") as error:
+        load(tmp_path / "net.pth")
+    assert "--arch torchvision:squeezenet1_1" in error.value.fix
+
+
+@needs_torchvision
+def test_unknown_names_suggest_close_ones():
+    with pytest.raises(AnncvtError, match="no architecture 'resnet19'") as error:
+        load("torchvision:resnet19")
+    assert "resnet18" in error.value.fix
+
+
+@needs_torchvision
+def test_without_pretrained_weights_a_named_network_is_random_and_says_so(monkeypatch):
+    real = zoo.build
+
+    def offline(zoo_name, name, arguments, *, pretrained=False):
+        if pretrained:
+            raise OSError("no route to host")
+        return real(zoo_name, name, arguments)
+
+    monkeypatch.setattr(zoo, "build", offline)
+    notes = Notes()
+    program = load("torchvision:squeezenet1_1", progress=notes)
+    assert program.history[0].metrics["weights"] == "random"
+    assert any("RANDOM" in line and "no route" in line for line in notes.lines)

@@ -150,7 +150,7 @@ def _unpickle(path: Path) -> dict[str, Any]:
 
 def mnist(root: Path, split: str) -> Listing:
     """MNIST: idx files (``.gz`` or not) in ``ROOT/MNIST/raw`` or ROOT."""
-    return _idx("mnist", root, "MNIST", "https://yann.lecun.org/exdb/mnist", split, list(_DIGITS), False)
+    return _idx("mnist", root, "MNIST", "https://ossci-datasets.s3.amazonaws.com/mnist", split, list(_DIGITS), False)
 
 
 def fashion_mnist(root: Path, split: str) -> Listing:

@@ -37,6 +37,8 @@ CALIBRATION_IMAGES = 5000
 EVALUATION_IMAGES = 10_000
 #: What a conversion or a command on its folder leaves there besides the program itself.
 PRODUCTS = ("train", "model.onnx", "model.so", "report.html")
+#: Of these, what no longer fits when the adder network has changed.
+MADE_FROM_STUDENT = ("model.onnx", "model.so", "report.html")
 
 
 def open_model(
@@ -134,6 +136,10 @@ def distil(
     program = distill(program, train, yardstick.images, config, folder=output, resume=resume, progress=progress)
     yardstick.record(program, progress)
     folder.save(program, output)
+    for name in MADE_FROM_STUDENT:
+        if (output / name).exists():
+            (output / name).unlink()
+            progress.note(f"{name} was that of the network before and is removed")
     return program
 
 

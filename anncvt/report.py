@@ -143,7 +143,7 @@ def count(number: float) -> str:
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
-    return f"{number:g} "
+    return f"{number:g}"
 
 
 def _files(folder: Path) -> dict[str, int]:

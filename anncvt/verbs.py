@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 import traceback
+import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,9 @@ class Verb(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         settings().stdout = sys.stdout
         try:
-            with contextlib.redirect_stdout(sys.stderr):
+            with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+                if not settings().verbose:
+                    warnings.simplefilter("ignore")  # of the packages below, nothing the user could act on
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anncvt.runtime.geometry import expand_padding
 from anncvt.runtime.kernels import cache
-from anncvt.runtime.kernels.spec import Spec, as_pair, divisor, lanes_for
+from anncvt.runtime.kernels.spec import SHARPNESS, Spec, as_pair, divisor, lanes_for
 from anncvt.runtime.kernels.target import host
 
 _ALIGNMENT = 64
@@ -60,7 +60,10 @@ def input_gradient(
         padded = _pad_channels(x, 1 if depthwise else groups, spec.groups * spec.channels)
         if depthwise:
             grad = _pad_channels(grad, 1, spec.groups * spec.channels)
-        _call(spec, _nhwc(padded), _nhwc(grad), _pack_inputs(weight, spec), y)
+        packed = _pack_inputs(weight, spec)
+        if gradient == "exact":
+            packed *= SHARPNESS
+        _call(spec, _nhwc(padded), _nhwc(grad), packed, 1.0, y)
     return _unpad(y, x.shape[1], 1 if depthwise else groups)
 
 
@@ -86,7 +89,7 @@ def exact_weight_gradient(
     grad = _pad_channels(grad, 1 if spec.depthwise else groups, spec.groups * spec.outputs)
     if spec.depthwise:
         x = _pad_channels(x, 1, spec.groups * spec.lanes)
-    _call(spec, _nhwc(x), _nhwc(grad), packed, parts)
+    _call(spec, _nhwc(x), _nhwc(grad), packed * SHARPNESS, 1.0, parts)
     return _unpack_outputs(parts.sum(0), weight, spec)
 
 
@@ -129,9 +132,9 @@ def _spec(
     )
 
 
-def _call(spec: Spec, *tensors: Tensor) -> None:
+def _call(spec: Spec, *arguments: Tensor | float) -> None:
     cache.use_threads(torch.get_num_threads())
-    cache.kernel(spec)(*[t if t.data_ptr() % _ALIGNMENT == 0 else t.clone() for t in tensors])
+    cache.kernel(spec)(*[a.clone() if isinstance(a, Tensor) and a.data_ptr() % _ALIGNMENT else a for a in arguments])
 
 
 def _depthwise(weight: Tensor, groups: int) -> bool:

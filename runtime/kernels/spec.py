@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from anncvt.runtime.geometry import Padding, output_size
 
+SHARPNESS = 2.0**80
+"""``clip(SHARPNESS*w - SHARPNESS*x, -1, 1)`` is ``sign(w - x)``: scaling by a power of two is exact and float32 values
+between 1e-17 and 1e14 differ by more than its inverse or not at all."""
+
 
 @dataclass(frozen=True)
 class Spec:

@@ -20,6 +20,8 @@ class Cpu:
     pixels: int
     vectors: int
     fma: bool
+    clip: bool
+    """Whether one instruction clips a vector to [-1, 1] (AVX-512 DQ)."""
 
     def target(self) -> Any:
         """The ``tvm.target.Target`` to compile for."""
@@ -43,8 +45,8 @@ def host() -> Cpu:
 
     if has("avx512f"):
         # 32 registers, and a broadcast from memory is free as an operand: one vector of weights, many pixels.
-        return Cpu(name, lanes=16, pixels=16, vectors=1, fma=True)
+        return Cpu(name, lanes=16, pixels=16, vectors=1, fma=True, clip=has("avx512dq"))
     if has("avx2", "fma"):
         # 16 registers and explicit broadcasts: 12 sums, two vectors of weights, one broadcast, one temporary.
-        return Cpu(name, lanes=8, pixels=6, vectors=2, fma=True)
-    return Cpu(name, lanes=4, pixels=6, vectors=1, fma=False)
+        return Cpu(name, lanes=8, pixels=6, vectors=2, fma=True, clip=False)
+    return Cpu(name, lanes=4, pixels=6, vectors=1, fma=False, clip=False)

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import importlib.util
 import sys
+import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -51,7 +52,7 @@ def instantiate(
         pretrained: take the zoo's weights along.
 
     Returns:
-        The network and the folder its module was found in (``None``: importable as it is).
+        The network and the folder its module was found in (``None``: an installed package).
 
     Raises:
         AnncvtError: nothing has that name, or the factory fails.
@@ -68,7 +69,7 @@ def instantiate(
     with contextlib.ExitStack() as stack:
         factory, folder = _factory(prefix, name, folders, stack)
         network = _called(arch, lambda: factory(**arguments))
-    return network, folder
+    return network, folder or _outside_site(prefix)
 
 
 def _called(arch: str, make: Any) -> nn.Module:
@@ -118,6 +119,18 @@ def _factory(module: str, name: str, folders: Sequence[Path], stack: contextlib.
     if not callable(value):
         raise AnncvtError(f"{module}:{name} is a {type(value).__name__}, not a class or function", fix=fix)
     return value, folder
+
+
+def _outside_site(module: str) -> str | None:
+    """Where a module comes from that is importable in this process only, such as one beside the running script."""
+    file = getattr(sys.modules[module.partition(".")[0]], "__file__", None)
+    if file is None:
+        return None
+    place = Path(file).resolve().parent
+    if Path(file).name == "__init__.py":
+        place = place.parent
+    installed = [Path(path).resolve() for path in sysconfig.get_paths().values()]
+    return None if any(place.is_relative_to(path) for path in installed) else str(place)
 
 
 def _importable(top: str) -> bool:

@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from anncvt.runtime import reference
 from anncvt.runtime.geometry import output_size
-from anncvt.runtime.onnx_body import DOMAIN, OPSETS, VERSION, adder2d_function
+from anncvt.runtime.onnx_body import BLOCK, DOMAIN, OPSETS, VERSION, adder2d_function
 
 TYPES = {np.dtype("float32"): TensorProto.FLOAT, np.dtype("float64"): TensorProto.DOUBLE}
 
@@ -90,6 +90,19 @@ def test_every_opset_in_every_engine(opset):
     for y in (in_onnxruntime(model, x), in_onnxruntime(inlined, x), in_reference_evaluator(model, x)):
         assert y.shape == wanted.shape
         np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "groups"),
+    [(7, (67, 67), 1), (14, (67, 40), 2), (600, (7, 7), 1)],
+    ids=["filled block", "groups", "few positions"],
+)
+def test_large_layers_are_summed_in_blocks(channels, size, groups):
+    assert channels * 9 * size[0] * size[1] > BLOCK
+    x, weight = normal(1, channels, *size), normal(2, channels // groups, 3, 3, seed=1)
+    config = ([1, 1], [1, 1, 1, 1], [1, 1], groups)
+    y = in_onnxruntime(one_node(18, channels, size, weight, *config), x)
+    np.testing.assert_allclose(y, expected(x, weight, *config), rtol=1e-5)
 
 
 def test_one_model_takes_any_batch_and_size():

@@ -24,6 +24,8 @@ def swap(network: nn.Module, plan: Plan) -> int:
     Raises:
         AnncvtError: the plan was made for another architecture. Nothing is changed then.
     """
+    import torch
+
     from anncvt.nn import _AdderNd, adder_class
 
     named = dict(network.named_modules(remove_duplicate=False))
@@ -34,7 +36,8 @@ def swap(network: nn.Module, plan: Plan) -> int:
         if not isinstance(conv, _AdderNd) and id(conv) not in adders:
             convolution = cast("_ConvNd", conv)
             maker = adder_class(len(convolution.kernel_size))
-            adders[id(conv)] = maker.from_conv(convolution, norm=layer.insert_bn)
+            with torch.random.fork_rng(devices=[]):  # its own initial weights are thrown away
+                adders[id(conv)] = maker.from_conv(convolution, norm=layer.insert_bn)
     for name, module in named.items():
         if id(module) in adders:
             owner, _, leaf = name.rpartition(".")

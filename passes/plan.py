@@ -41,24 +41,15 @@ def plan(
         The program with its plan. A student of a different plan is dropped.
 
     Raises:
-        AnncvtError: a GLOB matches nothing or asks for the impossible, the network does not run, or nothing is swapped.
+        AnncvtError: a GLOB matches nothing or asks for the impossible, the network does not run, or nothing is left
+            to swap.
     """
     begin = time.monotonic()
     observation = observe(program.teacher, program.preprocess.input_size)
     traced = trace(program.teacher)
     decided = decide(program.teacher, observation, traced, keep=keep, swap=swap)
     if not decided.swapped:
-        reasons = sorted({layer.reason for layer in decided.layers})
-        raise AnncvtError(
-            "nothing to convert: "
-            + (
-                f"all {len(decided.layers)} convolutions are kept ({'; '.join(reasons[:3])})"
-                if reasons
-                else "no convolutions"
-            ),
-            where=program.source.model,
-            fix="name layers with --swap GLOB" if reasons else "adder networks replace convolutions; use a CNN",
-        )
+        raise _nothing(program.source.model, decided)
     totals = decided.totals()
     if totals["swapped_share"] < LITTLE:
         other = decided.other_macs / totals["macs"]
@@ -75,6 +66,23 @@ def plan(
     return planned
 
 
+def _nothing(model: str, decided: Plan) -> AnncvtError:
+    if not decided.layers:
+        return AnncvtError(
+            "nothing to convert: it has no convolutions",
+            where=model,
+            fix="adder layers replace convolutions: use a CNN",
+        )
+    reasons = sorted({layer.reason for layer in decided.layers})
+    share = decided.other_macs / max(1, decided.totals()["macs"])
+    return AnncvtError(
+        f"nothing to convert: its convolutions ({len(decided.layers)}) are kept ({'; '.join(reasons[:3])})"
+        + (f", and {share:.0%} of the multiply-accumulates are in Linear layers" if share > 0.1 else ""),
+        where=model,
+        fix="name layers to convert all the same with --swap GLOB, or use a CNN",
+    )
+
+
 def decide(
     network: nn.Module, observation: Observation, traced: Trace, *, keep: Sequence[str] = (), swap: Sequence[str] = ()
 ) -> Plan:
@@ -85,7 +93,7 @@ def decide(
     layers = []
     for call in observation.calls.values():
         partner = _partner(call, traced, modules)
-        layers.append(_layer(call, *choice.apply(call.name, policy.default(call)), partner))
+        layers.append(_layer(call, *choice.apply(call.name, policy.default(call, partner)), partner))
     for name, module in _never_called(network, observation).items():
         action, reason = choice.apply(name, _Verdict(False, "does not run at inference", fixed=True))
         layers.append(_unused(name, module, action, reason))
@@ -109,7 +117,7 @@ class _Policy:
         last = calls[-1] if calls else None
         self.classifier = last.name if last is not None and _is_classifier(last, observation) else None
 
-    def default(self, call: Call) -> _Verdict:
+    def default(self, call: Call, partner: str | None) -> _Verdict:
         impossible = _impossible(call)
         if impossible is not None:
             return _Verdict(False, impossible, fixed=True)
@@ -117,7 +125,8 @@ class _Policy:
             return _Verdict(False, "stem: it reads the image")
         if call.name == self.classifier:
             return _Verdict(False, "classifier: it makes the network's output")
-        if all(side == 1 for side in call.in_shape[2:]):
+        # Deep layers on small images see one pixel too; those are normalised, gates are not.
+        if all(side == 1 for side in (*call.in_shape[2:], *call.kernel)) and partner is None:
             return _Verdict(False, "gate: its input is a single pixel")
         if call.groups == call.in_shape[1] > 1:
             return _Verdict(False, "depthwise")

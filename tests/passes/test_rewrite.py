@@ -1,0 +1,119 @@
+import pytest
+import torch
+from networks import Awkward, Mobile, Residual
+from torch import nn
+
+from anncvt.errors import AnncvtError
+from anncvt.load import load
+from anncvt.nn import AdderConv2d
+from anncvt.passes.plan import plan
+from anncvt.passes.rewrite import rewrite
+
+
+def rewritten(network, size, **options):
+    return rewrite(plan(load(network, input_size=size), **options))
+
+
+@pytest.mark.parametrize(("network", "size"), [(Residual, 8), (Mobile, 16), (Awkward, 6)])
+def test_planned_layers_are_adders_and_the_rest_is_the_teacher(network, size):
+    program = rewritten(network(), size)
+    for layer in program.plan.layers:
+        if layer.swapped:
+            adder = program.student.get_submodule(layer.name)
+            assert isinstance(adder, AdderConv2d) and (adder.norm is not None) == layer.insert_bn
+    before, after = program.teacher.state_dict(), program.student.state_dict()
+    assert set(before) <= set(after)
+    assert all(".norm." in name for name in set(after) - set(before))
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(a is not b for a, b in zip(program.teacher.parameters(), program.student.parameters(), strict=False))
+
+
+@pytest.mark.parametrize(("network", "size"), [(Residual, 8), (Mobile, 16), (Awkward, 6)])
+def test_the_student_computes_and_trains(network, size):
+    program = rewritten(network(), size)
+    x = torch.randn(2, 3, size, size)
+    y = program.student.train()(x)
+    assert y.shape == program.teacher(x).shape and bool(torch.isfinite(y).all())
+    y.sum().backward()
+    first = program.plan.swapped[0].name
+    assert program.student.get_submodule(first).weight.grad is not None
+    assert all(parameter.grad is None for parameter in program.teacher.parameters())
+
+
+def test_a_shared_convolution_stays_shared():
+    student = rewritten(Awkward(), 6).student
+    assert isinstance(student.shared, AdderConv2d) and student.alias is student.shared
+
+
+def test_rewriting_again_changes_nothing():
+    program = rewritten(Residual(), 8)
+    with torch.no_grad():
+        program.student.conv1.weight.add_(1)
+    again = rewrite(program)
+    assert again is program and rewrite(plan(program)).student is program.student
+
+
+def test_the_teacher_and_its_statistics_are_untouched():
+    program = plan(load(Residual(), input_size=8))
+    before = {name: value.clone() for name, value in program.teacher.state_dict().items()}
+    state = torch.get_rng_state()
+    after = rewrite(program)
+    assert program.student is None and after.stage == "rewritten"
+    assert all(torch.equal(value, before[name]) for name, value in program.teacher.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert int(after.student.bn1.num_batches_tracked) == 0 and not after.student.training
+
+
+def test_a_rewrite_needs_a_plan():
+    with pytest.raises(AnncvtError, match="no plan"):
+        rewrite(load(Residual(), input_size=8))
+
+
+class Hidden(nn.Module):
+    """Keeps a second reference to its convolution where no replacement can reach it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1)
+        self.list = [self.conv]
+
+    def forward(self, x):
+        return self.head(self.list[0](self.stem(x)))
+
+
+class Reads(nn.Module):
+    """Uses an attribute that convolutions have and adders do not, in training only."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        x = self.conv(self.stem(x))
+        return self.head(x * self.conv.output_padding[0] if self.training else x)
+
+
+@pytest.mark.parametrize(("network", "message"), [(Hidden, "never called"), (Reads, "training mode")])
+def test_a_student_that_does_not_behave_is_refused_with_the_way_out(network, message):
+    program = plan(load(network(), input_size=12))
+    with pytest.raises(AnncvtError, match=message) as error:
+        rewrite(program)
+    assert program.student is None and "--keep" in error.value.fix
+
+
+def test_trouble_of_the_teacher_is_not_the_student_s():
+    class OnlyEval(Residual):
+        def forward(self, x):
+            if self.training:
+                raise RuntimeError("not at this size")
+            return super().forward(x)
+
+    assert rewritten(OnlyEval(), 8).student is not None
+
+
+def test_one_and_three_dimensions():
+    for conv in (nn.Conv1d, nn.Conv3d):
+        network = nn.Sequential(conv(2, 4, 3), nn.ReLU(), conv(4, 4, 3), nn.ReLU(), conv(4, 3, 1))
+        program = rewritten(network, 8)
+        x = torch.randn(2, *program.preprocess.input_size)
+        assert program.student(x).shape == program.teacher(x).shape

@@ -1,0 +1,142 @@
+"""Calibration of networks small enough for the fast suite: it must beat what is there before it, for any structure."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Awkward, Mobile, Residual
+
+from anncvt.errors import AnncvtError
+from anncvt.images import Images, normalise
+from anncvt.load import load
+from anncvt.passes.calibrate import CalibrationConfig, calibrate
+from anncvt.passes.fit_layers import LayerFit
+from anncvt.passes.pairing import pairs
+from anncvt.passes.plan import plan
+from anncvt.passes.rewrite import rewrite
+
+QUICK = CalibrationConfig(layer=LayerFit(steps=25, positions=1024), joint_steps=25, batch_size=16)
+
+
+def _images(count=96, size=8):
+    """Smooth coloured blobs: noise would leave nothing to explain."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(count, 3, 3, 3, generator=generator)
+    pixels = (F.interpolate(coarse, (size, size), mode="bilinear") * 255).to(torch.uint8)
+    return Images(pixels, None, None, "blobs")
+
+
+def _program(network, size=8):
+    torch.manual_seed(0)
+    network.train()
+    with torch.no_grad():
+        for _ in range(3):  # statistics of a network that has seen images
+            network(torch.randn(16, 3, size, size))
+    program = load(network.eval(), input_size=(3, size, size))
+    return rewrite(plan(program))
+
+
+def _distance(program, images):
+    """Squared error of the logits, in units of how much they differ from image to image."""
+    x = normalise(images.pixels, program.preprocess)
+    with torch.no_grad():
+        wanted, got = program.teacher(x), program.student(x)
+    return float((got - wanted).square().mean() / wanted.var(0).mean())
+
+
+@pytest.mark.parametrize("network", [Residual, Mobile])
+def test_the_student_comes_close_to_the_teacher(network):
+    size = 16 if network is Mobile else 8
+    images, program = _images(size=size), _program(network(), size)
+    before = copy.deepcopy(program.teacher.state_dict())
+    untouched = _distance(program, images)
+    calibrate(program, images, config=QUICK)
+    assert _distance(program, images) < 0.5 * untouched
+    record = program.history[-1]
+    assert record.stage == "calibrated"
+    assert set(record.metrics["fitted_r2"]) == {pair.name for pair in pairs(program)}
+    assert all(torch.equal(value, before[name]) for name, value in program.teacher.state_dict().items())
+    assert not program.student.training
+    assert {pair.adder.gradient for pair in pairs(program)} == {"full"}
+
+
+def test_fitting_layers_and_fitting_jointly_each_improve_on_the_map():
+    distances = []
+    for layer_steps, joint_steps in ((0, 0), (60, 0), (0, 60)):
+        program = _program(Residual())
+        layer = LayerFit(steps=layer_steps, positions=1024)
+        calibrate(program, _images(), config=CalibrationConfig(layer, joint_steps=joint_steps, batch_size=16))
+        distances.append(_distance(program, _images()))
+    assert distances[1] < 0.5 * distances[0]
+    assert distances[2] < 0.5 * distances[0]
+
+
+def test_what_tracing_cannot_reach_is_calibrated_all_the_same():
+    program = _program(Awkward())
+    calibrate(program, _images(), config=QUICK)
+    assert set(program.history[-1].metrics["fitted_r2"]) == {pair.name for pair in pairs(program)}
+    assert "branch.conv" in program.history[-1].metrics["fitted_r2"]
+    assert all(torch.isfinite(value).all() for value in program.student.state_dict().values())
+
+
+def test_same_seed_same_weights():
+    students = []
+    for seed in (3, 3, 4):
+        program = _program(Residual())
+        calibrate(program, _images(), seed=seed, config=QUICK)
+        students.append(program.student.state_dict())
+    assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
+    assert any(not torch.equal(students[0][name], students[2][name]) for name in students[0])
+
+
+def test_a_budget_is_kept_and_its_steps_recorded():
+    program = _program(Residual())
+    calibrate(program, _images(), budget=3.0)
+    record = program.history[-1]
+    assert record.seconds < 8
+    assert record.metrics["joint_steps"] >= 10
+
+
+def test_progress_names_layers_and_their_fit():
+    seen = []
+
+    class Recorder:
+        def task(self, description, total):
+            self.total = total
+            return self
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *rest):
+            return None
+
+        def advance(self, amount=1, **metrics):
+            seen.append((amount, metrics))
+
+        def note(self, message):
+            raise AssertionError(message)
+
+    program = _program(Residual())
+    calibrate(program, _images(), config=QUICK, progress=Recorder())
+    layers = {metrics["layer"] for _, metrics in seen if "layer" in metrics}
+    assert layers == {pair.name for pair in pairs(program)}
+    assert sum(amount for amount, _ in seen) == len(layers) + QUICK.joint_steps
+
+
+def test_no_images_and_no_rewrite_are_named():
+    program = _program(Residual())
+    with pytest.raises(AnncvtError, match="no calibration images"):
+        calibrate(program, _images().subset([]), config=QUICK)
+    program.student = None
+    with pytest.raises(AnncvtError, match="not converted"):
+        calibrate(program, _images(), config=QUICK)
+
+
+def test_diverging_is_an_error_with_a_remedy():
+    program = _program(Residual())
+    with torch.no_grad():
+        program.teacher.head.weight.fill_(float("nan"))
+    with pytest.raises(AnncvtError, match="diverged"):
+        calibrate(program, _images(), config=QUICK)

@@ -1,0 +1,25 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from anncvt.passes.objectives import divergence, unexplained
+
+
+def test_divergence_is_the_temperature_scaled_kl():
+    got, wanted = torch.randn(6, 5), torch.randn(6, 5)
+    p, q = F.softmax(wanted / 3, 1), F.softmax(got / 3, 1)
+    expected = 9 * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(divergence(got, wanted, 3.0), expected)
+    assert float(divergence(wanted, wanted, 3.0)) == pytest.approx(0, abs=1e-6)
+
+
+def test_divergence_averages_over_pixels():
+    got, wanted = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+    flat = divergence(got.movedim(1, 3).flatten(0, 2), wanted.movedim(1, 3).flatten(0, 2), 2.0)
+    torch.testing.assert_close(divergence(got, wanted, 2.0), flat)
+
+
+def test_unexplained_is_zero_for_equal_and_one_for_the_mean():
+    wanted = torch.randn(1000)
+    assert float(unexplained(wanted, wanted)) == 0
+    assert float(unexplained(wanted.mean().expand(1000), wanted)) == pytest.approx(1, abs=0.01)

@@ -20,7 +20,7 @@ from anncvt.progress import SILENT, Progress
 from anncvt.state_dict import Mismatch, Weights, fit, weights
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 __all__ = ["build", "load", "parse_arch_args"]
 
@@ -185,17 +185,24 @@ def _from_file(
 
 
 def _strict(network: nn.Module, table: Mapping[str, Any], path: Path) -> None:
-    import torch
-
     if any(value.is_quantized for value in table.values()):
         raise AnncvtError("a quantised checkpoint", where=str(path), fix="use the network before quantisation")
-    broken = [n for n, v in table.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+    broken = [name for name, value in table.items() if not _finite(value)]
     if broken:
         raise AnncvtError(f"{broken[0]} holds NaN or infinity", where=str(path), fix="use an earlier checkpoint")
     try:
         network.load_state_dict(dict(table), strict=True)
     except RuntimeError as error:
         raise AnncvtError(f"the weights do not load: {error}", where=str(path), fix="check --arch") from error
+
+
+def _finite(value: Tensor) -> bool:
+    import torch
+
+    if not value.is_floating_point():
+        return True
+    # The 8-bit kinds have no isfinite of their own.
+    return bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all())
 
 
 def _wrong_architecture(path: Path, arch: str, mismatch: Mismatch, content: Weights) -> AnncvtError:

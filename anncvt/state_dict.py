@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from anncvt.checkpoint import Checkpoint
 from anncvt.errors import AnncvtError
-from anncvt.pickles import Inert, TensorRef
+from anncvt.pickles import Inert, TensorRef, corrupt
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -80,6 +80,15 @@ def weights(checkpoint: Checkpoint, where: str) -> Weights:
     Raises:
         AnncvtError: there are none, or several networks' and nothing says which.
     """
+    try:
+        return _weights(checkpoint, where)
+    except (AnncvtError, MemoryError):
+        raise
+    except Exception as error:  # a pickle may put anything where a dictionary is expected
+        raise corrupt(where, f"{type(error).__name__}: {error}") from error
+
+
+def _weights(checkpoint: Checkpoint, where: str) -> Weights:
     value, notes, module = _unwrap(checkpoint.value, where)
     if isinstance(value, Inert):
         module = value.path.removeprefix("__torch__.")

@@ -2,7 +2,7 @@ import pytest
 import torch
 from networks import Residual
 
-from anncvt.checkpoint import Checkpoint
+from anncvt.checkpoint import Checkpoint, read
 from anncvt.errors import AnncvtError
 from anncvt.state_dict import PREFIXES, WRAPPERS, compare, fit, weights
 
@@ -77,3 +77,11 @@ def test_batch_counters_may_be_missing(network):
     table = {n: v for n, v in network.state_dict().items() if not n.endswith("num_batches_tracked")}
     assert not compare(table, network)
     network.load_state_dict(table, strict=True)
+
+
+def test_a_pickled_module_with_nonsense_inside_is_damaged(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1))
+    network.__dict__["_buffers"] = 3
+    torch.save(network, tmp_path / "w.pt")
+    with pytest.raises(AnncvtError, match="damaged"):
+        weights(read(tmp_path / "w.pt"), "w.pt")

@@ -102,13 +102,11 @@ def _factory(module: str, name: str, folders: Sequence[Path], stack: contextlib.
             looked = ", ".join(str(f) for f in folders)
             raise AnncvtError(f"no module {top!r} is installed" + (f" or in {looked}" if looked else ""), fix=fix)
         folder = str(found.resolve())
-        stack.enter_context(_on_path(folder))
+        stack.enter_context(on_path(folder))
         _forget_other(top, folder)
     value: Any = _imported(module)
     if folder is not None:
         _FROM_FOLDER[top] = folder
-    elif (here := Path.cwd() / top).with_suffix(".py").is_file() or here.is_dir():
-        folder = str(Path.cwd())  # importable only because Python runs here: remember where
     for part in name.split("."):
         if not hasattr(value, part):
             public = [n for n, v in vars(value).items() if callable(v) and not n.startswith("_")]
@@ -154,7 +152,8 @@ def _imported(module: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _on_path(folder: str) -> Iterator[None]:
+def on_path(folder: str) -> Iterator[None]:
+    """Make what lies in ``folder`` importable, before anything of the same name, inside the ``with`` block."""
     sys.path.insert(0, folder)
     importlib.invalidate_caches()
     try:

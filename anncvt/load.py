@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anncvt import zoo
-from anncvt.architecture import instantiate, parse_arch_args
+from anncvt.architecture import instantiate, on_path, parse_arch_args
 from anncvt.checkpoint import Checkpoint, read, sha256
 from anncvt.errors import AnncvtError
 from anncvt.preprocess import choose_preprocess
@@ -315,7 +315,8 @@ def _run_pickle(path: Path) -> Weights:
     from torch import nn
 
     try:
-        value = torch.load(path, map_location="cpu", weights_only=False)
+        with on_path(str(path.resolve().parent)):  # where the classes of a pickled module often are
+            value = torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:
         raise AnncvtError(f"cannot be unpickled: {type(error).__name__}: {error}", where=str(path)) from error
     module = value if isinstance(value, nn.Module) else None

@@ -95,13 +95,13 @@ def distill(
         train: labelled images.
         test: labelled images on which top-1 is reported after every epoch; ``None`` to skip.
         config: hyper-parameters.
-        folder: the program folder; checkpoints and the log go to its ``train/``.
+        folder: the program folder; checkpoints and the log go to its ``train/``. The last checkpoint stays until
+            :func:`discard_checkpoint`, so that nothing is lost before the program is saved.
         resume: continue from the folder's checkpoint, if there is one.
 
     Raises:
         AnncvtError: no labels, a checkpoint of another configuration, or a loss that is not finite.
     """
-    begin = time.monotonic()
     if train.labels is None:
         raise AnncvtError("the images have no labels", where=train.name, fix="distillation needs a labelled data set")
     if len(train) < config.batch_size:
@@ -116,10 +116,15 @@ def distill(
     with progress.task("distil", config.epochs * run.steps_per_epoch) as task:
         task.advance(run.step)
         accuracy = run.train(test, task)
-    run.close()
+    run.save()
     metrics = {"data": train.name, "images": len(train), "config": asdict(config), **accuracy}
-    program.record("distilled", run.seconds + time.monotonic() - begin, metrics, config.seed)
+    program.record("distilled", run.seconds, metrics, config.seed)
     return program
+
+
+def discard_checkpoint(folder: Path) -> None:
+    """The distilled program is saved: what a resumed run would start from is not needed any more."""
+    (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 class _Training:
@@ -135,7 +140,8 @@ class _Training:
         self.teaching_pairs = [self.teacher.get_submodule(pair.name) for pair in self.paired]
         self.steps_per_epoch = len(train) // config.batch_size
         self.step = 0
-        self.seconds = 0.0
+        self.earlier_seconds = 0.0
+        self.begin = time.monotonic()
         torch.manual_seed(config.seed)
         channels = [pair.adder.out_channels for pair in self.paired]
         self.features = None if config.feature_loss == "none" else FeatureLoss(channels, config.feature_loss)
@@ -255,6 +261,11 @@ class _Training:
         self.student.train()
         self.teacher.train(self.teacher_optimizer is not None)
 
+    @property
+    def seconds(self) -> float:
+        """Time spent in this run and those it continues."""
+        return self.earlier_seconds + time.monotonic() - self.begin
+
     def save(self) -> None:
         """Write everything that the next step depends on, atomically."""
         state = {
@@ -300,11 +311,7 @@ class _Training:
         for optimizer, stored_state in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored_state)
         torch.set_rng_state(state["rng"])
-        self.step, self.seconds = state["step"], state["seconds"]
-
-    def close(self) -> None:
-        """The run is over: its checkpoint is not needed any more."""
-        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        self.step, self.earlier_seconds = state["step"], state["seconds"]
 
     def _identity(self) -> dict[str, Any]:
         """What has to be equal for a checkpoint to fit."""

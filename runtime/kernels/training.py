@@ -6,7 +6,9 @@ then computes tiles of ``pixels`` x ``lanes`` channels whose sums stay in regist
 
 Forward: ``|x-w| = 2*max(w,x) - x - w``. The sum over x is shared by all output channels and the sum over w is a
 constant, which leaves one max and one multiply-add in the inner loop, the cost of a convolution. The operand order
-``max(w, x)`` matters: LLVM folds the broadcast of x into the instruction only as the second operand.
+``max(w, x)`` matters: LLVM folds the broadcast of x into the instruction only as the second operand. Where x and w are
+large and close to each other the difference of those sums loses digits: a tile with a result below ``TRUSTED`` of what
+its largest ``|x|`` allows, or not a number, is computed again as ``sum |x-w|``.
 
 Gradients: ``g*clip(w-x, -1, 1)``, with w and x scaled by ``SHARPNESS`` where the sign is wanted.
 """
@@ -21,6 +23,9 @@ from tvm.script import tirx as T
 
 from anncvt.runtime.kernels.spec import SHARPNESS, Axis, Spec, divisor, row_block, tile
 from anncvt.runtime.kernels.target import Cpu
+
+TRUSTED = 2.0**-7
+"""``sum |x-w|`` in proportion to ``taps * max|x|`` down to which the fast form is kept: it loses at most these bits."""
 
 
 def generate(spec: Spec, cpu: Cpu) -> Any:
@@ -52,20 +57,20 @@ def _forward(spec: Spec, cpu: Cpu) -> Any:
     blocks = -(-OH // RB)
     ROWS = (RB - 1) * SH + (KH - 1) * DH + 1
 
-    def update(total, x, w):
-        if depthwise:
-            return total + tirx.abs(x - w)
-        return total + (tirx.max(w, x) * _splat(2.0, L) if fma else tirx.max(w, x))
+    def update(total, x, w, attempt):
+        exact = total + tirx.abs(x - w)
+        fast = total + (tirx.max(w, x) * _splat(2.0, L) if fma else tirx.max(w, x))
+        return exact if depthwise else T.if_then_else(attempt == 0, fast, exact)
 
     def operand(block, row, channel_block, column, c):
         if depthwise:
             return block[row, channel_block, column, T.ramp(0, 1, L)]
         return T.broadcast(block[row, channel_block, column, c], L)
 
-    def result(total, x_sum, w_sum):
-        if depthwise:
-            return _splat(0.0, L) - total
-        return (T.broadcast(x_sum, L) + w_sum) - (total if fma else total * _splat(2.0, L))
+    def result(total, x_sum, w_sum, attempt):
+        exact = _splat(0.0, L) - total
+        fast = (T.broadcast(x_sum, L) + w_sum) - (total if fma else total * _splat(2.0, L))
+        return exact if depthwise else T.if_then_else(attempt == 0, fast, exact)
 
     @T.prim_func(s_tir=True)
     def main(x: T.handle, w: T.handle, s: T.handle, y: T.handle):
@@ -86,13 +91,20 @@ def _forward(spec: Spec, cpu: Cpu) -> Any:
                         xp[r, b, j, _span(0, cb)] = _padded(
                             X, task // blocks, task % blocks * (RB * SH) + r - top, j - left, b * cb, cb, H, W
                         )
+            largest = T.alloc_buffer((1,), "float32", scope="local")
             if not depthwise:
+                peak = T.alloc_buffer((cb,), "float32", scope="local")
+                peak[_span(0, cb)] = _splat(0.0, cb)
                 for g, r, j in T.grid(G, ROWS, WP):
                     lane = T.alloc_buffer((cb,), "float32", scope="local")
                     lane[_span(0, cb)] = _splat(0.0, cb)
                     for b in T.serial(CB):
                         lane[_span(0, cb)] = lane[_span(0, cb)] + xp[r, g * CB + b, j, _span(0, cb)]
+                        peak[_span(0, cb)] = tirx.max(peak[_span(0, cb)], tirx.abs(xp[r, g * CB + b, j, _span(0, cb)]))
                     sums[g, r, j] = _tree(lane, 0, cb)
+                largest[0] = peak[0]
+                for c in T.unroll(cb):
+                    largest[0] = T.max(largest[0], peak[c])
                 for g, r, jw in T.grid(G, ROWS, wide):
                     row = T.alloc_buffer((PT,), "float32", scope="local")
                     row[_span(0, PT)] = _splat(0.0, PT)
@@ -107,37 +119,52 @@ def _forward(spec: Spec, cpu: Cpu) -> Any:
                     window[g, i, _span(jw * PT, PT)] = column[_span(0, PT)]
             for g, ob, ih, jw in T.grid(G, OB // V, RB // HT, wide):
                 acc = T.alloc_buffer((HT * PT * V * L,), "float32", scope="local")
-                for a in T.unroll(HT * PT * V):
-                    acc[T.ramp(a * L, 1, L)] = _splat(0.0, L)
-                for b, kh, kw, c in T.grid(CB, KH, KW, reduced):
-                    for i in T.unroll(HT):
-                        for j in T.unroll(PT):
-                            for v in T.unroll(V):
-                                acc[T.ramp(((i * PT + j) * V + v) * L, 1, L)] = update(
-                                    acc[T.ramp(((i * PT + j) * V + v) * L, 1, L)],
-                                    operand(
-                                        xp,
-                                        (ih * HT + i) * SH + kh * DH,
-                                        g * CB + b,
-                                        (jw * PT + j) * SW + kw * DW,
-                                        c,
-                                    ),
-                                    Wp[g, ob * V + v, b, kh, kw, c, T.ramp(0, 1, L)],
-                                )
-                for i in T.unroll(HT):
-                    for j in T.unroll(PT):
-                        if task % blocks * RB + ih * HT + i < OH and jw * PT + j < OW:
-                            for v in T.unroll(V):
-                                Y[
-                                    task // blocks,
-                                    task % blocks * RB + ih * HT + i,
-                                    jw * PT + j,
-                                    T.ramp((g * OB + ob * V + v) * L, 1, L),
-                                ] = result(
-                                    acc[T.ramp(((i * PT + j) * V + v) * L, 1, L)],
-                                    window[g, ih * HT + i, jw * PT + j],
-                                    S[T.ramp((g * OB + ob * V + v) * L, 1, L)],
-                                )
+                doubt = T.alloc_buffer((L,), "float32", scope="local")
+                doubt[T.ramp(0, 1, L)] = _splat(0.0, L)
+                for attempt in T.unroll(1 if depthwise else 2):
+                    if attempt == 0 or _tree(doubt, 0, L) > T.float32(0):
+                        for a in T.unroll(HT * PT * V):
+                            acc[T.ramp(a * L, 1, L)] = _splat(0.0, L)
+                        for b, kh, kw, c in T.grid(CB, KH, KW, reduced):
+                            for i in T.unroll(HT):
+                                for j in T.unroll(PT):
+                                    for v in T.unroll(V):
+                                        acc[T.ramp(((i * PT + j) * V + v) * L, 1, L)] = update(
+                                            acc[T.ramp(((i * PT + j) * V + v) * L, 1, L)],
+                                            operand(
+                                                xp,
+                                                (ih * HT + i) * SH + kh * DH,
+                                                g * CB + b,
+                                                (jw * PT + j) * SW + kw * DW,
+                                                c,
+                                            ),
+                                            Wp[g, ob * V + v, b, kh, kw, c, T.ramp(0, 1, L)],
+                                            attempt,
+                                        )
+                        for i in T.unroll(HT):
+                            for j in T.unroll(PT):
+                                for v in T.unroll(V):
+                                    acc[T.ramp(((i * PT + j) * V + v) * L, 1, L)] = result(
+                                        acc[T.ramp(((i * PT + j) * V + v) * L, 1, L)],
+                                        window[g, ih * HT + i, jw * PT + j],
+                                        S[T.ramp((g * OB + ob * V + v) * L, 1, L)],
+                                        attempt,
+                                    )
+                                    if attempt == 0:
+                                        # written so that a NaN, from an infinite x or w, is in doubt too
+                                        doubt[T.ramp(0, 1, L)] = T.Select(
+                                            acc[T.ramp(((i * PT + j) * V + v) * L, 1, L)]
+                                            <= T.broadcast(T.float32(-TRUSTED * C * KH * KW) * largest[0], L),
+                                            doubt[T.ramp(0, 1, L)],
+                                            _splat(1.0, L),
+                                        )
+                                    if task % blocks * RB + ih * HT + i < OH and jw * PT + j < OW:
+                                        Y[
+                                            task // blocks,
+                                            task % blocks * RB + ih * HT + i,
+                                            jw * PT + j,
+                                            T.ramp((g * OB + ob * V + v) * L, 1, L),
+                                        ] = acc[T.ramp(((i * PT + j) * V + v) * L, 1, L)]
 
     return main
 

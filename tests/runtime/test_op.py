@@ -66,6 +66,49 @@ def test_autocast_like_mixture_of_types():
     torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("offset", "spread"),
+    [(0, 1e-20), (0, 1e30), (1, 1e-6), (100, 1), (1e4, 1e-2), (-3e5, 0)],
+)
+def test_large_values_close_to_each_other_keep_their_digits(offset, spread):
+    """``2*max(x,w) - x - w`` alone would lose everything at x = 1e4 and |x - w| = 1e-2."""
+    case = replace(KINDS["vectors"], padding=(0, 0), layout="nhwc")
+    x, weight, _ = (offset + spread * t for t in case.tensors())
+    expected = reference.forward(x, weight, *case.arguments())
+    torch.testing.assert_close(op(x, weight, *case.arguments()).double(), expected, rtol=3e-4, atol=0)
+
+
+def test_one_outlier_does_not_spoil_the_image():
+    case = KINDS["vectors"]
+    x, weight, _ = case.tensors()
+    x[0, 3, 0, 0] = 1e6
+    expected = reference.forward(x, weight, *case.arguments())
+    torch.testing.assert_close(op(x, weight, *case.arguments()).double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["vectors", "depthwise", "groups"])
+def test_infinities_and_nans_propagate(kind):
+    case = KINDS[kind]
+    x, weight, _ = case.tensors()
+    x[0, 1, 2, 2], x[1, 2, 5, 4] = float("inf"), float("nan")
+    weight[3, 0, 1, 1], weight[5, 0, 0, 2] = -float("inf"), float("nan")
+    expected = reference.forward(x, weight, *case.arguments())
+    assert expected.isinf().any()
+    assert expected.isnan().any()
+    actual = op(x, weight, *case.arguments()).double()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("magnitude", [1e-15, 1e4, 1e12])
+def test_exact_gradients_of_tiny_and_huge_values(magnitude):
+    case = KINDS["vectors"]
+    x, weight, grad = case.tensors("grid")
+    x, weight = magnitude * x, magnitude * weight
+    actual = torch.ops.anncvt.adder2d_backward(grad, x, weight, *case.arguments(), "exact", True, True)
+    for a, b in zip(actual, reference.backward(grad, x, weight, *case.arguments(), "exact"), strict=True):
+        torch.testing.assert_close(a.double(), b)
+
+
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_layout_is_kept(layout):
     case = replace(KINDS["vectors"], layout=layout)

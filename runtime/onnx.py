@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from anncvt.errors import AnncvtError, first_line
 from anncvt.files import atomic_path
-from anncvt.program import Program, versions
+from anncvt.program import STAGES, Program, versions
 from anncvt.progress import SILENT, Progress
 from anncvt.runtime.onnx_body import DOMAIN, OPSETS, VERSION
 
@@ -238,11 +238,13 @@ def _check_domain(path: Path) -> None:
 
 
 def _accuracy(program: Program) -> dict[str, float] | None:
-    """The last measured accuracy of the student, of whichever stage measured it."""
+    """The last measured accuracy of the student, unless a later stage has changed its weights."""
     for record in reversed(program.history):
         measured = record.metrics.get("student", record.metrics)
         if isinstance(measured, dict) and "top1" in measured:
             return {name: measured[name] for name in ("top1", "top5") if name in measured}
+        if record.stage in STAGES:
+            return None
     return None
 
 

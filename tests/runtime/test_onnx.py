@@ -16,7 +16,7 @@ from anncvt.errors import AnncvtError
 from anncvt.nn import AdderConv1d, AdderConv2d, AdderConv3d
 from anncvt.program import LayerPlan, Plan, Preprocess, Program, Record, Source
 from anncvt.runtime import onnx as anncvt_onnx
-from anncvt.runtime.onnx import export, export_network, run, session
+from anncvt.runtime.onnx import export, export_network, metadata, run, session
 from anncvt.runtime.onnx_body import DOMAIN
 
 SIZE = (3, 12, 10)
@@ -153,6 +153,14 @@ def test_metadata(exported):
     assert json.loads(entries["anncvt.accuracy"]) == {"top1": 61.5, "top5": 90.0}
     assert set(json.loads(entries["anncvt.versions"])) == {"torch", "onnx"}
     assert len(entries["anncvt.plan"]) == 64
+
+
+def test_accuracy_is_that_of_these_weights():
+    program = program_of(None)
+    program.history.append(Record("evaluated", 1.0, {"student": {"top1": 62.0}, "teacher": {"top1": 80.0}}, 0, {}))
+    assert json.loads(metadata(program)["anncvt.accuracy"]) == {"top1": 62.0}
+    program.history.append(Record("distilled", 1.0, {"loss": 0.1}, 0, {}))
+    assert "anncvt.accuracy" not in metadata(program)
 
 
 def test_no_trace_of_the_machine(exported):

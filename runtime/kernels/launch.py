@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from anncvt.runtime.geometry import expand_padding
 from anncvt.runtime.kernels import cache
 from anncvt.runtime.kernels.spec import SHARPNESS, Spec, as_pair, divisor, lanes_for
-from anncvt.runtime.kernels.target import host
+from anncvt.runtime.kernels.target import Cpu, host
 
 _ALIGNMENT = 64
 
@@ -24,17 +25,16 @@ def forward(
     repeat = _repeat(weight, groups)
     if repeat > 1:
         return forward(x.repeat_interleave(repeat, 1), weight, stride, padding, dilation, groups * repeat)
-    depthwise = _depthwise(weight, groups)
-    spec = _spec("forward", x, weight, stride, padding, dilation, groups, vectorise_outputs=True)
+    spec = _spec("forward", x, weight, stride, padding, dilation, groups)
     y = torch.empty(x.shape[0], *spec.output, spec.groups * spec.outputs)
     if y.numel():
-        if depthwise:
+        if spec.depthwise:
             x = _pad_channels(x, 1, spec.groups * spec.lanes)
         packed = _pack_outputs(weight, spec)
         # The sum of the weights of each filter, in the order of the outputs.
-        sums = packed.sum((2, 3, 4, 5)).flatten()
+        sums = packed.sum((2, 3, 4, 5)).view(-1)
         _call(spec, _nhwc(x), packed, sums, y)
-    return _unpad(y, weight.shape[0], 1 if depthwise else groups)
+    return _unpad(y, weight.shape[0], 1 if spec.depthwise else groups)
 
 
 def input_gradient(
@@ -53,7 +53,7 @@ def input_gradient(
         wide = x.repeat_interleave(repeat, 1)
         result = input_gradient(grad, wide, weight, stride, padding, dilation, groups * repeat, gradient)
         return result.unflatten(1, (groups, repeat)).sum(2)
-    spec = _spec(f"dx_{gradient}", x, weight, stride, padding, dilation, groups, vectorise_outputs=False)
+    spec = _spec(f"dx_{gradient}", x, weight, stride, padding, dilation, groups)
     y = torch.empty(x.shape[0], x.shape[2], x.shape[3], spec.groups * spec.channels)
     depthwise = spec.depthwise
     if y.numel():
@@ -62,7 +62,7 @@ def input_gradient(
             grad = _pad_channels(grad, 1, spec.groups * spec.channels)
         packed = _pack_inputs(weight, spec)
         if gradient == "exact":
-            packed *= SHARPNESS
+            packed = packed * SHARPNESS  # not in place: packed may be the weight itself
         _call(spec, _nhwc(padded), _nhwc(grad), packed, 1.0, y)
     return _unpad(y, x.shape[1], 1 if depthwise else groups)
 
@@ -83,7 +83,7 @@ def exact_weight_gradient(
         return exact_weight_gradient(grad, wide, weight, stride, padding, dilation, groups * repeat)
     if not (x.numel() and grad.numel()):
         return torch.zeros_like(weight)
-    spec = _spec("dw_exact", x, weight, stride, padding, dilation, groups, vectorise_outputs=True)
+    spec = _spec("dw_exact", x, weight, stride, padding, dilation, groups)
     packed = _pack_outputs(weight, spec)
     parts = packed.new_zeros(min(torch.get_num_threads(), x.shape[0] * spec.output[0]), *packed.shape)
     grad = _pad_channels(grad, 1 if spec.depthwise else groups, spec.groups * spec.outputs)
@@ -101,31 +101,45 @@ def _spec(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    *,
-    vectorise_outputs: bool,
 ) -> Spec:
-    channels, outputs = weight.shape[1], weight.shape[0] // groups
-    depthwise = _depthwise(weight, groups)
+    shape = (x.shape[2], x.shape[3], *weight.shape)
+    return _spec_of(kind, host(), shape, tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+@functools.lru_cache(maxsize=4096)
+def _spec_of(
+    kind: str,
+    cpu: Cpu,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Spec:
+    """``shape``: height and width of the input, then the weight's shape."""
+    height, width, filters, channels, *kernel = shape
+    outputs = filters // groups
+    depthwise = groups > 1 and channels == outputs == 1
     if depthwise:
-        lanes = lanes_for(groups, host().lanes)
+        lanes = lanes_for(groups, cpu.lanes)
         channels = outputs = lanes
         groups = -(-groups // lanes)
-    elif vectorise_outputs:
-        lanes = lanes_for(outputs, host().lanes)
-        outputs = -(-outputs // lanes) * lanes
-    else:
-        lanes = lanes_for(channels, host().lanes)
+    elif kind.startswith("dx"):
+        lanes = lanes_for(channels, cpu.lanes)
         channels = -(-channels // lanes) * lanes
+    else:
+        lanes = lanes_for(outputs, cpu.lanes)
+        outputs = -(-outputs // lanes) * lanes
     return Spec(
         kind,
-        x.shape[2],
-        x.shape[3],
+        height,
+        width,
         channels,
         outputs,
         groups,
-        as_pair(weight.shape[2:]),
+        as_pair(kernel),
         as_pair(stride),
-        expand_padding([int(p) for p in padding]),
+        expand_padding(padding),
         as_pair(dilation),
         lanes,
         depthwise,
@@ -135,10 +149,6 @@ def _spec(
 def _call(spec: Spec, *arguments: Tensor | float) -> None:
     cache.use_threads(torch.get_num_threads())
     cache.kernel(spec)(*[a.clone() if isinstance(a, Tensor) and a.data_ptr() % _ALIGNMENT else a for a in arguments])
-
-
-def _depthwise(weight: Tensor, groups: int) -> bool:
-    return groups > 1 and weight.shape[1] == 1 and weight.shape[0] == groups
 
 
 def _repeat(weight: Tensor, groups: int) -> int:
@@ -169,10 +179,11 @@ def _pack_outputs(weight: Tensor, spec: Spec) -> Tensor:
     """``[G, O/L, C/cb, kh, kw, cb, L]``: vectors over output channels."""
     if spec.depthwise:
         return _pack_depthwise(weight, spec)
-    w = weight.detach().unflatten(0, (spec.groups, -1))
-    w = F.pad(w, (0, 0, 0, 0, 0, 0, 0, spec.outputs - w.shape[1]))
+    w = weight.detach().reshape(spec.groups, -1, *weight.shape[1:])
+    if w.shape[1] != spec.outputs:
+        w = F.pad(w, (0, 0, 0, 0, 0, 0, 0, spec.outputs - w.shape[1]))
     block = divisor(spec.channels, 16)
-    w = w.unflatten(2, (-1, block)).unflatten(1, (-1, spec.lanes))
+    w = w.reshape(spec.groups, -1, spec.lanes, spec.channels // block, block, *spec.kernel)
     return w.permute(0, 1, 3, 5, 6, 4, 2).contiguous()
 
 
@@ -187,10 +198,11 @@ def _pack_inputs(weight: Tensor, spec: Spec) -> Tensor:
     """``[G, C/L, O/ob, kh, kw, ob, L]``: vectors over input channels."""
     if spec.depthwise:
         return _pack_depthwise(weight, spec)
-    w = weight.detach().unflatten(0, (spec.groups, -1))
-    w = F.pad(w, (0, 0, 0, 0, 0, spec.channels - w.shape[2]))
+    w = weight.detach().reshape(spec.groups, -1, *weight.shape[1:])
+    if w.shape[2] != spec.channels:
+        w = F.pad(w, (0, 0, 0, 0, 0, spec.channels - w.shape[2]))
     block = divisor(spec.outputs, 16)
-    w = w.unflatten(2, (-1, spec.lanes)).unflatten(1, (-1, block))
+    w = w.reshape(spec.groups, -1, block, spec.channels // spec.lanes, spec.lanes, *spec.kernel)
     return w.permute(0, 3, 1, 5, 6, 2, 4).contiguous()
 
 

@@ -150,6 +150,19 @@ def test_opcheck(gradient, layout):
     torch.library.opcheck(torch.ops.anncvt.adder2d_backward, detached)
 
 
+@pytest.mark.parametrize("gradient", ["full", "exact"])
+def test_arguments_are_left_as_they_are(gradient):
+    """A 1x1 weight of one vector is its own packed form."""
+    case = Case(channels=16, outputs=16, kernel=(1, 1), padding=(0, 0), layout="nhwc")
+    tensors = case.tensors()
+    before = [t.clone() for t in tensors]
+    x, weight, grad = tensors
+    op(x, weight, *case.arguments())
+    torch.ops.anncvt.adder2d_backward(grad, x, weight, *case.arguments(), gradient, True, True)
+    for tensor, copy in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, copy)
+
+
 def test_only_the_needed_gradients():
     case = KINDS["plain"]
     x, weight, grad = case.tensors()

@@ -1,9 +1,9 @@
 """The file a compiled network is: a shared library, then a manifest and a checksum.
 
-The dynamic loader ignores what follows the library, so the file loads as it is; the manifest can be read, and damage and
-foreign processors noticed, before any of its code is mapped.
+The dynamic loader ignores what follows the library, so the file loads as it is; the manifest can be read, and damage
+and foreign processors noticed, before any of its code is mapped.
 
-Layout: library, JSON manifest, SHA-256 of both (32 bytes), length of the JSON (8 bytes, little-endian), magic (8 bytes).
+Layout: library, JSON manifest, SHA-256 of both (32 bytes), length of the JSON (8, little-endian), magic (8).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A whole network as one shared library: compile it with TVM, run it without torch.
 
-The file holds the code for one processor family, the weights and a manifest. Any batch size works: code is generated for
-fixed batch sizes (1 unless told otherwise), which keeps memory planned and index arithmetic constant, and a larger batch
-runs as the largest compiled ones that fit, then the smaller ones.
+The file holds the code for one processor family, the weights and a manifest. Any batch size works: code is generated
+for fixed batch sizes (1 unless told otherwise), which keeps memory planned and index arithmetic constant, and a larger
+batch runs as the largest compiled ones that fit, then the smaller ones.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def compile_network(
     about: dict[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> Path:
-    """Compile any network of convolutions and adders; see :func:`compile`. ``about`` goes into the manifest as it is."""
+    """Compile any network of convolutions and adders, see :func:`compile`; ``about`` goes into the manifest."""
     _require_tvm()
     from anncvt.program import versions
     from anncvt.runtime.kernels.deployment import Deployment
@@ -120,6 +120,8 @@ def load(path: str | Path, *, threads: int | None = None) -> Model:
     """
     path = Path(path)
     manifest = artifact.read_manifest(path)
+    if manifest["format"] > FORMAT:
+        raise AnncvtError("written by a newer anncvt", where=str(path), fix="update anncvt, or compile it again")
     _check_machine(path, manifest["target"])
     _require_tvm()
     return Model(path, manifest, threads)
@@ -140,7 +142,15 @@ class Model:
         self._path, self._threads, self._lock = path, threads, threading.Lock()
         self._configured: set[int] = set()
         self._tensor = tvm.runtime.tensor
-        self._machine = VirtualMachine(tvm.runtime.load_module(str(path.resolve())), tvm.cpu())
+        try:
+            # dlopen by a plain name would search the system's folders instead.
+            self._machine = VirtualMachine(tvm.runtime.load_module(str(path.resolve())), tvm.cpu())
+        except (RuntimeError, OSError, ValueError, AttributeError) as error:  # what TVM makes of a failed dlopen
+            raise AnncvtError(
+                f"cannot load: {str(error).strip().splitlines()[-1]}",
+                where=str(path),
+                fix="compile it again with the installed version of TVM",
+            ) from error
         functions: dict[str, int] = manifest["functions"]
         self._functions = sorted(((size, self._machine[name]) for name, size in functions.items()), reverse=True)
 

@@ -43,6 +43,10 @@ class Deployment:
     def _of(cls, options: dict[str, Any], name: str) -> Deployment:
         triple = options.get("mtriple", "")
         machine = triple.split("-")[0] or architecture()
+        if "mcpu" in options and not codegen.llvm_is_valid_cpu(
+            options["mcpu"], triple or codegen.llvm_get_system_triple()
+        ):
+            raise _unknown(name)  # LLVM would only warn, and compile for a generic processor
         try:
             target = Target(options)
             found = {str(feature) for feature in codegen.llvm_get_cpu_features(target)}
@@ -71,7 +75,7 @@ def _options(name: str) -> dict[str, Any]:
 def _accumulators(machine: str, features: tuple[str, ...]) -> int:
     """Registers minus operands and a temporary, in vectors of 16."""
     if "avx512f" in features:
-        return 28  # 32 registers of 16
+        return 16  # 32 registers of 16, but more sums than this gain nothing
     if machine == "aarch64":
         return 6  # 32 registers of 4
     return 6 if "avx2" in features else 3  # 16 registers of 8 or 4

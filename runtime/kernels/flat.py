@@ -34,6 +34,12 @@ def f32(value: float) -> Any:
     return tirx.const(value, "float32")
 
 
+def prefetch(buffer: Any, at: Any) -> None:
+    """Bring the cache line of ``buffer[at]`` closer, without waiting for it."""
+    address = T.address_of(buffer[at])
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))  # read, second-level cache, data
+
+
 def store(target: Any, at: Any, value: Callable[[Any], Any] | Any, lanes: int = LANES) -> None:
     """``target[at + lane] = value(lane)`` (or a constant) for one vector of ``lanes``."""
     with T.vectorized(lanes) as lane:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, fx
@@ -12,7 +12,7 @@ from tvm.relax.frontend.torch.exported_program_translator import ExportedProgram
 from anncvt.errors import AnncvtError
 from anncvt.runtime.kernels.emitter import Emitter
 from anncvt.runtime.kernels.fusion import Value
-from anncvt.runtime.kernels.operators import Lowering, overload_name
+from anncvt.runtime.kernels.operators import Lowering, argument, overload_name
 
 
 class Foreign:
@@ -23,6 +23,16 @@ class Foreign:
         self._importer = ExportedProgramImporter()
         self._importer.block_builder = emitter.builder
         self._table = self._importer.create_convert_map()
+        self._table |= {
+            "_unsafe_view.default": self._table["view.default"],
+            "amax.default": lambda node: self._extremum(relax.op.max, node),
+            "amin.default": lambda node: self._extremum(relax.op.min, node),
+        }
+
+    def _extremum(self, reduce: Callable[..., Any], node: fx.Node) -> Any:
+        """``amax`` and ``amin``, which TVM's translation lacks."""
+        axes, keep = argument(node, 1, "dim", ()), argument(node, 2, "keepdim", False)
+        return self._emitter.emit(reduce(self._importer.env[node.args[0]], axis=list(axes) or None, keepdims=keep))
 
     def missing(self, nodes: Iterable[fx.Node]) -> list[str]:
         """Names of operators among ``nodes`` that have no translation."""
@@ -38,7 +48,7 @@ class Foreign:
         name = overload_name(node.target)
         if name not in self._table:
             raise unknown([str(node.target)])
-        inputs = {argument: self._input(context, argument) for argument in node.all_input_nodes}
+        inputs = {source: self._input(context, source) for source in node.all_input_nodes}
         self._importer.env = dict(inputs)
         try:
             result = self._table[name](node)

@@ -18,7 +18,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from anncvt.runtime.kernels.activations import apply, keeps_zero
-from anncvt.runtime.kernels.flat import f32, function, store
+from anncvt.runtime.kernels.flat import f32, function, prefetch, store
 from anncvt.runtime.kernels.layer import LANES, Layer, blocks
 from anncvt.runtime.kernels.tiling import Tiling, spans
 
@@ -58,6 +58,11 @@ def build(layer: Layer, cut: Tiling) -> tirx.PrimFunc:
     return _Kernel(layer, cut).function()
 
 
+#: Weights beyond this stream from memory: those of the next output block are asked for while this one is computed,
+#: because the hardware does not see across pages.
+STREAM_BYTES = 256 * 1024
+
+
 class _Tile(NamedTuple):
     """Output pixels summed in registers, relative to the work item."""
 
@@ -78,12 +83,14 @@ class _Kernel:
         self.in_blocks = blocks(layer.in_channels) if layer.blocked else 1
         self.row_blocks = -(-self.height // cut.rows)
         self.out_groups = -(-self.out // cut.out_blocks)
-        self.copied = not layer.blocked or any(layer.padding)
         reach = tuple((k - 1) * d + 1 for k, d in zip(layer.kernel, layer.dilation, strict=True))
-        self.in_rows = (cut.rows - 1) * layer.stride[0] + reach[0]
+        # A copy for a 1x1 window takes only the pixels it needs; the window then moves one by one.
+        whole = not layer.pointwise
+        self.picked, self.stride = ((1, 1), layer.stride) if whole else (layer.stride, (1, 1))
+        self.in_rows = (cut.rows - 1) * self.stride[0] + reach[0]
         # Where nothing is copied the kernel reads x itself.
-        self.in_width = (self.width - 1) * layer.stride[1] + reach[1] if self.copied else layer.size[1]
-        self.plane = (self.in_rows if self.copied else layer.size[0]) * self.in_width * self.cells
+        self.in_width = (self.width - 1) * self.stride[1] + reach[1] if layer.copied else layer.size[1]
+        self.plane = (self.in_rows if layer.copied else layer.size[0]) * self.in_width * self.cells
         # Input blocks that one output block sees.
         self.depth = layer.in_channels // layer.groups
         self.dense_blocks = self.depth // LANES if layer.groups > 1 else self.in_blocks
@@ -120,15 +127,15 @@ class _Kernel:
     def _input(self, image: Any, row: Any) -> tuple[Any, Any]:
         """The input rows of a work item and where they begin: a padded copy, or ``x`` itself."""
         layer = self.layer
-        if not self.copied:
+        if not layer.copied:
             return self.x, (image * self.in_blocks * layer.size[0] + row * layer.stride[0]) * self.in_width * self.cells
         copy = T.alloc_buffer((self.in_blocks * self.plane,), "float32")
         with T.serial(self.in_blocks) as b, T.serial(self.in_rows) as h:
-            source_row = row * layer.stride[0] + h - layer.padding.top
+            source_row = row * layer.stride[0] + h * self.picked[0] - layer.padding.top
             inside = tirx.all(source_row >= 0, source_row < layer.size[0])
             target = b * self.plane + h * self.in_width * self.cells
             with T.serial(self.in_width) as w:
-                column = w - layer.padding.left
+                column = w * self.picked[1] - layer.padding.left
                 valid = tirx.all(inside, column >= 0, column < layer.size[1])
                 if layer.blocked:
                     at = (((image * self.in_blocks + b) * layer.size[0] + source_row) * layer.size[1] + column) * LANES
@@ -168,7 +175,7 @@ class _Kernel:
                 total = lanes[0] if self.cells == LANES else sum((lanes[c] for c in range(1, self.cells)), lanes[0])
                 T.buffer_store(line, total, [w])
             with T.serial(self.width) as w:
-                taps = [line[w * layer.stride[1] + k * layer.dilation[1]] for k in range(layer.kernel[1])]
+                taps = [line[w * self.stride[1] + k * layer.dilation[1]] for k in range(layer.kernel[1])]
                 T.buffer_store(result, sum(taps[1:], taps[0]), [(g * rows + h) * self.width + w])
         return result
 
@@ -184,8 +191,16 @@ class _Kernel:
                 accumulator = T.alloc_buffer((tall * wide * LANES,), "float32", scope="local")
                 with T.unroll(tall * wide) as p, T.vectorized(LANES) as lane:
                     T.buffer_store(accumulator, f32(0), [p * LANES + lane])
+                if self.residual is not None:
+                    start = self._pixel(image, row, o, tile)
+                    with T.unroll(tall) as p, T.unroll(wide) as q:
+                        prefetch(self.residual, start + (p * self.width + q) * LANES)
                 self._taps(accumulator, o, source, base, tile)
                 self._epilogue(accumulator, image, row, o, sums, tile)
+
+    def _pixel(self, image: Any, row: Any, o: Any, tile: _Tile) -> Any:
+        """Where the tile begins in ``y`` and in the residual."""
+        return (((image * self.out + o) * self.height + row + tile.top) * self.width + tile.left) * LANES
 
     def _taps(self, accumulator: Any, o: Any, source: Any, base: Any, tile: _Tile) -> None:
         layer = self.layer
@@ -193,17 +208,27 @@ class _Kernel:
         reduced = self.depth if layer.per_lane else self.cells
         seen = 1 if layer.per_lane else self.dense_blocks
         of_group = 0 if layer.groups == 1 or layer.per_lane else self._group(o) * self.dense_blocks
-        with T.serial(seen) as b, T.serial(kh) as r, T.serial(kw) as s, T.serial(reduced) as c:
-            weight_at = ((((o * seen + b) * kh + r) * kw + s) * reduced + c) * LANES
-            origin = base + ((tile.top * layer.stride[0] + r * layer.dilation[0]) * self.in_width) * self.cells
-            origin = origin + (tile.left * layer.stride[1] + s * layer.dilation[1]) * self.cells
+        panel = seen * kh * kw * reduced * LANES
+        with T.serial(seen) as b, T.serial(kh) as r, T.serial(kw) as s:
+            weights = o * panel + ((b * kh + r) * kw + s) * reduced * LANES
+            if self.out * panel * 4 > STREAM_BYTES:
+                with T.unroll(reduced) as c:
+                    prefetch(self.weight, weights + panel + c * LANES)
+            origin = base + ((tile.top * self.stride[0] + r * layer.dilation[0]) * self.in_width) * self.cells
+            origin = origin + (tile.left * self.stride[1] + s * layer.dilation[1]) * self.cells
             if not layer.per_lane:
-                origin = origin + (of_group + b) * self.plane + c
-            with T.unroll(tile.tall) as i, T.unroll(tile.wide) as j, T.vectorized(LANES) as lane:
-                pixel = origin + (i * layer.stride[0] * self.in_width + j * layer.stride[1]) * self.cells
-                x = source[pixel + self._own_channel(o, lane, c)] if layer.per_lane else source[pixel]
+                origin = origin + (of_group + b) * self.plane
+            with (
+                T.serial(reduced) as c,
+                T.unroll(tile.tall) as i,
+                T.unroll(tile.wide) as j,
+                T.vectorized(LANES) as lane,
+            ):
+                pixel = origin + (i * self.stride[0] * self.in_width + j * self.stride[1]) * self.cells
+                x = source[pixel + (self._own_channel(o, lane, c) if layer.per_lane else c)]
+                w = self.weight[weights + c * LANES + lane]
                 at = (i * tile.wide + j) * LANES + lane
-                T.buffer_store(accumulator, accumulator[at] + self._tap(x, self.weight[weight_at + lane]), [at])
+                T.buffer_store(accumulator, accumulator[at] + self._tap(x, w), [at])
 
     def _group(self, o: Any) -> Any:
         return o // (self.layer.out_channels // self.layer.groups // LANES)
@@ -228,12 +253,12 @@ class _Kernel:
 
     def _epilogue(self, accumulator: Any, image: Any, row: Any, o: Any, sums: Any, tile: _Tile) -> None:
         layer = self.layer
-        start = (((image * self.out + o) * self.height + row + tile.top) * self.width + tile.left) * LANES
+        start = self._pixel(image, row, o, tile)
         with T.unroll(tile.tall) as i, T.unroll(tile.wide) as j, T.vectorized(LANES) as lane:
             total = accumulator[(i * tile.wide + j) * LANES + lane]
             if sums is not None:
                 group = 0 if layer.groups == 1 else self._group(o)
-                at = (group * self.in_rows + (tile.top + i) * layer.stride[0]) * self.width + tile.left + j
+                at = (group * self.in_rows + (tile.top + i) * self.stride[0]) * self.width + tile.left + j
                 rows = [sums[at + k * layer.dilation[0] * self.width] for k in range(layer.kernel[0])]
                 total = sum(rows[1:], rows[0]) - total
             elif layer.form == "abs":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from anncvt.runtime.geometry import NO_PADDING, Padding, output_size
 
@@ -10,7 +11,7 @@ from anncvt.runtime.geometry import NO_PADDING, Padding, output_size
 LANES = 16
 
 #: Name and parameters of an elementwise function, ``("clamp", 0.0, 6.0)``; empty: the value itself.
-Activation = tuple[str | float, ...]
+Activation = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,13 @@ class Layer:
 
     @property
     def pointwise(self) -> bool:
-        """1x1, stride 1, no padding: rows are contiguous and the image is one long row of pixels."""
-        return self.blocked and self.kernel == (1, 1) and self.stride == (1, 1) and not any(self.padding)
+        """A 1x1 window: the image is one long row of pixels."""
+        return self.kernel == (1, 1)
+
+    @property
+    def copied(self) -> bool:
+        """Whether the kernel works on a copy of its input (padded, reordered, or subsampled to contiguous pixels)."""
+        return not self.blocked or any(self.padding) or (self.pointwise and self.stride != (1, 1))
 
 
 def blocks(channels: int) -> int:

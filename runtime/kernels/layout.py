@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +130,10 @@ def window(view: Window) -> tirx.PrimFunc:
     return function({"x": source, "y": blocked_shape(view.shape)}, body)
 
 
+def _lane(buffer: Any, start: Any, lane: Any) -> Any:
+    return buffer[start + lane]
+
+
 def concatenate(batch: int, channels: tuple[int, ...], size: tuple[int, int]) -> tirx.PrimFunc:
     """Blocked tensors joined along the channels: arguments ``x0, x1, ..., y``."""
     pixels, total = math.prod(size), sum(channels)
@@ -142,7 +147,7 @@ def concatenate(batch: int, channels: tuple[int, ...], size: tuple[int, int]) ->
                     with T.serial(blocks(count) * pixels) as pixel:
                         source = (image * blocks(count) * pixels + pixel) * LANES
                         target = ((image * depth + begin // LANES) * pixels + pixel) * LANES
-                        store(y, target, lambda lane, part=part, source=source: part[source + lane])
+                        store(y, target, functools.partial(_lane, part, source))
                 else:
                     _scatter(y, part, image, begin, count)
                 begin += count

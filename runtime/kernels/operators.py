@@ -60,6 +60,10 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.kwargs.get(name, default)
 
 
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(node.args)
+
+
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """The shape torch.export recorded for ``node``."""
     return tuple(int(size) for size in node.meta["val"].shape)
@@ -108,30 +112,30 @@ def _convolution(
 
 @handles("adder2d.default")
 def _adder(context: Lowering, node: fx.Node) -> Pending:
-    x, weight, stride, padding, dilation, groups = node.args[:6]
+    x, weight, stride, padding, dilation, groups = _args(node)[:6]
     source = _convolution(context, x, _weight(context, weight), "max", padding, stride, dilation, groups)
     return Pending.of(source, shape_of(node))
 
 
 @handles("conv2d.default", "conv2d.padding")
 def _conv2d(context: Lowering, node: fx.Node) -> Pending:
-    weight = _weight(context, node.args[1])
+    weight = _weight(context, _args(node)[1])
     stride, padding = argument(node, 3, "stride", 1), argument(node, 4, "padding", 0)
     dilation, groups = argument(node, 5, "dilation", 1), argument(node, 6, "groups", 1)
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(_pair(dilation), weight.shape[2:], strict=True)]
         padding = [t // 2 for t in total] + [t - t // 2 for t in total]
     padding = [0, 0] if padding == "valid" else [padding] if isinstance(padding, int) else padding
-    source = _convolution(context, node.args[0], weight, "conv", padding, stride, dilation, groups)
+    source = _convolution(context, _args(node)[0], weight, "conv", padding, stride, dilation, groups)
     return _biased(context, Pending.of(source, shape_of(node)), argument(node, 2, "bias"))
 
 
 @handles("linear.default")
 def _linear(context: Lowering, node: fx.Node) -> Pending:
-    x = context.value(node.args[0])
+    x = context.value(_args(node)[0])
     if len(x.shape) != 2:
         raise Unsuitable("linear on more than two dimensions")
-    pending = Pending.of(linear_as_convolution(x, _weight(context, node.args[1]).numpy()), shape_of(node))
+    pending = Pending.of(linear_as_convolution(x, _weight(context, _args(node)[1]).numpy()), shape_of(node))
     return _biased(context, pending, argument(node, 2, "bias"))
 
 
@@ -143,10 +147,10 @@ def _biased(context: Lowering, pending: Pending, bias: Any) -> Pending:
 
 @handles("_native_batch_norm_legit_no_training.default")
 def _batch_norm(context: Lowering, node: fx.Node) -> tuple[Pending]:
-    x, *parameters = node.args[:5]
+    x, *parameters = _args(node)[:5]
     weight, bias, mean, variance = (None if p is None else _array(_weight(context, p)) for p in parameters)
     assert mean is not None and variance is not None
-    scale = 1 / np.sqrt(variance + node.args[6])
+    scale = 1 / np.sqrt(variance + _args(node)[6])
     scale = scale if weight is None else scale * weight
     return (_opened(context, x).scaled(scale, (0 if bias is None else bias) - mean * scale),)
 
@@ -164,7 +168,7 @@ def _opened(context: Lowering, x: Any) -> Pending:
 def _arithmetic(context: Lowering, node: fx.Node) -> Pending:
     """Two tensors, or a tensor and a constant (number or one per channel)."""
     name = str(node.target).split(".")[1]
-    left, right = node.args[:2]
+    left, right = _args(node)[:2]
     if name in ("add", "sub") and node.kwargs.get("alpha", 1) != 1:
         raise Unsuitable("alpha")
     if name in ("add", "mul") and _channel_constant(context, left, node) is not None:
@@ -243,8 +247,8 @@ _ACTIVATIONS: dict[str, Callable[[fx.Node], Activation]] = {
         float(argument(node, 2, "max_val", 1)),
     ),
     "clamp.default": _clamp,
-    "clamp_min.default": lambda node: ("clamp", float(node.args[1]), math.inf),
-    "clamp_max.default": lambda node: ("clamp", -math.inf, float(node.args[1])),
+    "clamp_min.default": lambda node: ("clamp", float(_args(node)[1]), math.inf),
+    "clamp_max.default": lambda node: ("clamp", -math.inf, float(_args(node)[1])),
     "hardsigmoid.default": lambda node: ("hardsigmoid",),
     "hardswish.default": lambda node: ("hardswish",),
     "sigmoid.default": lambda node: ("sigmoid",),
@@ -258,9 +262,9 @@ _ACTIVATIONS: dict[str, Callable[[fx.Node], Activation]] = {
 
 @handles(*_ACTIVATIONS)
 def _activation(context: Lowering, node: fx.Node) -> Pending:
-    pending = context.pending(node.args[0])
+    pending = context.pending(_args(node)[0])
     if pending.activation:
-        value = context.value(node.args[0])
+        value = context.value(_args(node)[0])
         pending = Pending.of(Combination(value), value.shape)
     return pending.activated(_ACTIVATIONS[_overload(node)](node))
 
@@ -269,20 +273,21 @@ def _activation(context: Lowering, node: fx.Node) -> Pending:
 def _elu(context: Lowering, node: fx.Node) -> Pending:
     if argument(node, 2, "scale", 1) != 1 or argument(node, 3, "input_scale", 1) != 1:
         raise Unsuitable("selu")
-    pending = context.pending(node.args[0])
+    pending = context.pending(_args(node)[0])
     if pending.activation:
-        value = context.value(node.args[0])
+        value = context.value(_args(node)[0])
         pending = Pending.of(Combination(value), value.shape)
     return pending.activated(("elu", float(argument(node, 1, "alpha", 1))))
 
 
-@handles("max_pool2d_with_indices.default", "avg_pool2d.default")
+@handles("max_pool2d.default", "max_pool2d_with_indices.default", "avg_pool2d.default")
 def _pool(context: Lowering, node: fx.Node) -> Any:
-    x = context.blocked(node.args[0])
+    x = context.blocked(_args(node)[0])
     maximum = _overload(node).startswith("max")
-    result = node.meta["val"][0] if maximum else node.meta["val"]
-    shape = tuple(int(size) for size in result.shape)
-    kernel = _pair(node.args[1])
+    result = node.meta["val"]
+    with_indices = isinstance(result, tuple | list)
+    shape = tuple(int(size) for size in (result[0] if with_indices else result).shape)
+    kernel = _pair(_args(node)[1])
     stride = _pair(argument(node, 2, "stride") or kernel)
     padding = expand_padding(_pair(argument(node, 3, "padding", 0)))
     spec = Pool(
@@ -299,35 +304,35 @@ def _pool(context: Lowering, node: fx.Node) -> Any:
         0 if maximum else argument(node, 6, "divisor_override") or 0,
     )
     value = context.emitter.pool(spec, x, shape)
-    return (value,) if maximum else value
+    return (value,) if with_indices else value
 
 
 @handles("mean.dim", "_adaptive_avg_pool2d.default", "adaptive_avg_pool2d.default")
 def _adaptive(context: Lowering, node: fx.Node) -> Value:
     """Means over windows that divide the image; the global mean is the case of one window."""
-    before = shape_of(node.args[0])
+    before = shape_of(_args(node)[0])
     if len(before) != 4:
         raise Unsuitable("a mean over other than four dimensions")
     out = (1, 1)
     if _overload(node) == "mean.dim":
-        if sorted(axis % 4 for axis in node.args[1]) != [2, 3]:
+        if sorted(axis % 4 for axis in _args(node)[1]) != [2, 3]:
             raise Unsuitable("a mean over other dimensions")
     else:
         out = _pair(shape_of(node)[2:])
-    x = context.blocked(node.args[0])
+    x = context.blocked(_args(node)[0])
     return context.emitter.pool(Pool("mean", x.shape[0], x.shape[1], _pair(x.shape[2:]), out), x, shape_of(node))
 
 
 @handles("slice.Tensor")
 def _slice(context: Lowering, node: fx.Node) -> Any:
-    axis, before = argument(node, 1, "dim", 0), shape_of(node.args[0])
+    axis, before = argument(node, 1, "dim", 0), shape_of(_args(node)[0])
     axis %= len(before)
     start, stop = argument(node, 2, "start") or 0, argument(node, 3, "end")
     step, size = argument(node, 4, "step", 1), before[axis]
     start, stop, step = slice(start, stop, step).indices(size)
     if (start, stop, step) == (0, size, 1):
-        return context.lazy(node.args[0])
-    view = context.view(node.args[0])
+        return context.lazy(_args(node)[0])
+    view = context.view(_args(node)[0])
     if axis == 0:
         raise Unsuitable("a slice of the batch")
     return view.replaced(axis - 1, view.axes[axis - 1].slice(start, stop, step))
@@ -337,7 +342,7 @@ def _slice(context: Lowering, node: fx.Node) -> Any:
 def _split(context: Lowering, node: fx.Node) -> tuple[View, ...]:
     if argument(node, 2, "dim", 0) != 1:
         raise Unsuitable("a split of other than channels")
-    view, parts, start = View.of(context.blocked(node.args[0])), [], 0
+    view, parts, start = View.of(context.blocked(_args(node)[0])), [], 0
     for part in node.meta["val"]:
         stop = start + int(part.shape[1])
         parts.append(view.replaced(0, view.axes[0].slice(start, stop, 1)))
@@ -347,14 +352,14 @@ def _split(context: Lowering, node: fx.Node) -> tuple[View, ...]:
 
 @handles("constant_pad_nd.default", "pad.default")
 def _pad(context: Lowering, node: fx.Node) -> View:
-    sides = list(node.args[1])
+    sides = list(_args(node)[1])
     named = _overload(node) == "pad.default"
     fill = argument(node, 3 if named else 2, "value") or 0.0
-    view = context.view(node.args[0])
+    view = context.view(_args(node)[0])
     if (named and argument(node, 2, "mode", "constant") != "constant") or len(sides) > 6:
         raise Unsuitable("padding")
     if view.padded and view.fill != fill:
-        view = View.of(context.blocked(node.args[0]))
+        view = View.of(context.blocked(_args(node)[0]))
     view = View(view.x, view.axes, float(fill))
     for i in range(len(sides) // 2):
         axis = 2 - i
@@ -366,13 +371,13 @@ def _pad(context: Lowering, node: fx.Node) -> View:
 def _cat(context: Lowering, node: fx.Node) -> Value:
     if len(shape_of(node)) not in (2, 4) or argument(node, 1, "dim", 0) not in (1, 1 - len(shape_of(node))):
         raise Unsuitable("concatenation of other than channels")
-    return context.emitter.concatenate([context.blocked(part) for part in node.args[0]])
+    return context.emitter.concatenate([context.blocked(part) for part in _args(node)[0]])
 
 
 @handles("view.default", "reshape.default", "flatten.using_ints", "unsqueeze.default", "squeeze.dim", "squeeze.dims")
 def _relabel(context: Lowering, node: fx.Node) -> Value:
     """``[N, C, 1, 1]`` and ``[N, C]`` are the same data in blocked layout."""
-    x, shape = context.value(node.args[0]), shape_of(node)
+    x, shape = context.value(_args(node)[0]), shape_of(node)
     one_pixel = math.prod(x.shape[2:]) == math.prod(shape[2:]) == 1
     if not (x.blocked and one_pixel and x.shape[:2] == shape[:2] and len(shape) in (2, 4)):
         raise Unsuitable("a reshape")
@@ -388,15 +393,15 @@ def _relabel(context: Lowering, node: fx.Node) -> Value:
     "lift_fresh_copy.default",
 )
 def _identity(context: Lowering, node: fx.Node) -> Any:
-    return context.lazy(node.args[0])
+    return context.lazy(_args(node)[0])
 
 
 @handles("getitem")
 def _getitem(context: Lowering, node: fx.Node) -> Any:
-    parts = context.lazy(node.args[0])
-    if not isinstance(parts, tuple) or node.args[1] >= len(parts):
+    parts = context.lazy(_args(node)[0])
+    if not isinstance(parts, tuple) or _args(node)[1] >= len(parts):
         raise Unsuitable("an output that has no kernel")
-    return parts[node.args[1]]
+    return parts[_args(node)[1]]
 
 
 def _overload(node: fx.Node) -> str:

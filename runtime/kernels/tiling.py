@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from anncvt.runtime.kernels.layer import LANES, Layer, blocks
@@ -11,8 +12,12 @@ from anncvt.runtime.kernels.layer import LANES, Layer, blocks
 CACHE_BYTES = 512 * 1024
 #: Bytes per cycle that arrive from beyond that cache.
 BANDWIDTH = 12
-#: Work items so that a few threads are balanced and many threads all have something to do.
-WORK_ITEMS = 8
+#: Bytes per cycle of a pass over data in cache.
+COPY_BANDWIDTH = 24
+#: What beginning a work item costs.
+ITEM_CYCLES = 400
+#: Share of the machine that few work items leave idle: a few threads should be balanced, many all have something to do.
+IDLE = {1: 0.5, 2: 0.04, 3: 0.1, 4: 0.02}
 
 
 @dataclass(frozen=True)
@@ -43,26 +48,29 @@ def spans(extent: int, tile: int) -> list[tuple[int, int, int]]:
     return [span for span in cut if span[1]]
 
 
-def _options(layer: Layer, rows: int, accumulators: int) -> list[tuple[tuple[float, ...], Tiling]]:
-    """Every register tile for items of ``rows`` rows, with its cost."""
+def _options(layer: Layer, rows: int, accumulators: int) -> Iterator[tuple[tuple[float, ...], Tiling]]:
+    """Every register tile for items of ``rows`` rows, with its cost in cycles."""
     height, width = layer.out_size
     row_blocks, out = -(-height // rows), blocks(layer.out_channels)
-    out_blocks = max(1, out // max(1, -(-WORK_ITEMS // row_blocks)))
     grid = (1, rows * width) if layer.pointwise else (rows, width)
     taps = layer.in_channels // layer.groups * layer.kernel[0] * layer.kernel[1]
     reach = (layer.kernel[0] - 1) * layer.dilation[0] + 1
-    inputs = layer.in_channels * ((rows - 1) * layer.stride[0] + reach) * layer.size[1] * 4
+    pixels = rows * width if layer.pointwise else ((rows - 1) * layer.stride[0] + reach) * layer.size[1]
+    inputs = layer.in_channels * pixels * 4
     weights = out * LANES * taps * 4
     moved = weights * (row_blocks if weights > CACHE_BYTES else 1)
     moved += inputs * row_blocks * (out if inputs > CACHE_BYTES else 1)
-    found = []
-    for tall in range(1, min(grid[0], accumulators) + 1):
-        for wide in range(1, min(grid[1], accumulators // tall) + 1):
-            tiles = -(-grid[0] // tall) * -(-grid[1] // wide)
-            # One operation per pixel and tap and one weight load per tile and tap; latency needs 8 independent sums.
-            per_tap = grid[0] * grid[1] + tiles + max(0, 8 * tiles - grid[0] * grid[1])
-            cycles = per_tap * taps * out * row_blocks + moved / BANDWIDTH
-            items = row_blocks * -(-out // out_blocks)
-            uneven = -(-items // WORK_ITEMS) * WORK_ITEMS / items
-            found.append(((cycles * (1 + 0.02 * (uneven - 1)), tall * wide), Tiling(rows, out_blocks, tall, wide)))
-    return found
+    # Each item reads its input once more to sum it, or to copy it.
+    passes = (layer.form == "max") + layer.copied
+    for cuts in (1, 2, 4, 8):
+        out_blocks = -(-out // cuts)
+        items = row_blocks * -(-out // out_blocks)
+        overhead = moved / BANDWIDTH + items * (ITEM_CYCLES + passes * inputs / COPY_BANDWIDTH)
+        idle = max(IDLE.get(items, 0), (-items % 8) / 8 * 0.02)
+        for tall in range(1, min(grid[0], accumulators) + 1):
+            for wide in range(1, min(grid[1], accumulators // tall) + 1):
+                tiles = -(-grid[0] // tall) * -(-grid[1] // wide)
+                # One operation per pixel and tap, one weight load per tile and tap; latency needs 8 independent sums.
+                per_tap = grid[0] * grid[1] + tiles + max(0, 8 * tiles - grid[0] * grid[1])
+                cycles = (per_tap * taps * out * row_blocks + overhead) * (1 + idle)
+                yield (cycles, tall * wide), Tiling(rows, out_blocks, tall, wide)

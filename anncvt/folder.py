@@ -15,6 +15,7 @@ from anncvt.errors import AnncvtError
 from anncvt.files import atomic_path, write_text
 from anncvt.load import build
 from anncvt.program import FORMAT, Plan, Preprocess, Program, Record, Source
+from anncvt.state_dict import load_strict
 from anncvt.swap import swap
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _load(network: nn.Module, file: Path) -> None:
     from safetensors.torch import load_file
 
     try:
-        network.load_state_dict(load_file(file), strict=True)
+        load_strict(network, load_file(file))
     except FileNotFoundError as error:
         raise AnncvtError("missing from the program folder", where=str(file), fix="convert again") from error
     except (OSError, SafetensorError) as error:

@@ -17,7 +17,7 @@ from anncvt.errors import AnncvtError
 from anncvt.preprocess import choose_preprocess
 from anncvt.program import Program, Source
 from anncvt.progress import SILENT, Progress
-from anncvt.state_dict import Mismatch, Weights, fit, weights
+from anncvt.state_dict import Mismatch, Weights, fit, load_strict, weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -191,7 +191,7 @@ def _strict(network: nn.Module, table: Mapping[str, Any], path: Path) -> None:
     if broken:
         raise AnncvtError(f"{broken[0]} holds NaN or infinity", where=str(path), fix="use an earlier checkpoint")
     try:
-        network.load_state_dict(dict(table), strict=True)
+        load_strict(network, table)
     except RuntimeError as error:
         raise AnncvtError(f"the weights do not load: {error}", where=str(path), fix="check --arch") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -129,6 +130,26 @@ def compare(tensors: Mapping[str, Tensor], network: nn.Module) -> Mismatch:
             if n in tensors and tensors[n].shape != shape
         ),
     )
+
+
+def load_strict(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """``load_state_dict`` of a table that :func:`compare` finds nothing wrong with.
+
+    The table gets the network's own version marks, for modules (torchvision's MNASNet, say) that insist on one, and
+    the batch counts that checkpoints from before PyTorch 0.4.1 lack.
+
+    Raises:
+        RuntimeError: it does not fit after all.
+    """
+    own = network.state_dict()
+    counts = {name: value for name, value in own.items() if name.endswith(".num_batches_tracked")}
+    table = OrderedDict({**counts, **tensors})
+    if hasattr(own, "_metadata"):
+        table.__dict__["_metadata"] = own._metadata
+    try:
+        network.load_state_dict(table, strict=True)
+    except Exception as error:  # modules may check for themselves, and raise what they like
+        raise RuntimeError(str(error)) from error
 
 
 def _stripped(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -4,7 +4,7 @@ from networks import Residual
 
 from anncvt.checkpoint import Checkpoint, read
 from anncvt.errors import AnncvtError
-from anncvt.state_dict import PREFIXES, WRAPPERS, compare, fit, weights
+from anncvt.state_dict import PREFIXES, WRAPPERS, compare, fit, load_strict, weights
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,23 @@ def test_mismatches_are_listed_by_kind(network):
 def test_batch_counters_may_be_missing(network):
     table = {n: v for n, v in network.state_dict().items() if not n.endswith("num_batches_tracked")}
     assert not compare(table, network)
-    network.load_state_dict(table, strict=True)
+    load_strict(network, table)
+    with pytest.raises(RuntimeError, match="conv1"):
+        load_strict(network, {n: v for n, v in table.items() if n != "conv1.weight"})
+
+
+def test_modules_that_insist_on_a_version_get_theirs():
+    class Versioned(torch.nn.Linear):
+        _version = 2
+
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+            if local_metadata.get("version") != 2:
+                raise ValueError("version")
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    network, table = Versioned(2, 2), dict(Versioned(2, 2).state_dict())
+    load_strict(network, table)
+    assert torch.equal(network.weight, table["weight"])
 
 
 def test_a_pickled_module_with_nonsense_inside_is_damaged(tmp_path):

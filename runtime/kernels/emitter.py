@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -35,7 +36,7 @@ class Emitter:
     def constant(self, array: np.ndarray) -> Any:
         """``array`` as a constant of the module; equal arrays are stored once."""
         array = np.ascontiguousarray(array)
-        key = (array.shape, str(array.dtype), hash(array.tobytes()))
+        key = (array.shape, str(array.dtype), hashlib.blake2b(array.tobytes()).digest())
         if key not in self._constants:
             self._constants[key] = relax.const(array)
         return self._constants[key]

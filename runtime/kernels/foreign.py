@@ -10,9 +10,9 @@ from tvm import relax
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from anncvt.errors import AnncvtError
+from anncvt.runtime.kernels.aten import Lowering, argument, overload_name
 from anncvt.runtime.kernels.emitter import Emitter
 from anncvt.runtime.kernels.fusion import Value
-from anncvt.runtime.kernels.operators import Lowering, argument, overload_name
 
 
 class Foreign:

@@ -14,13 +14,16 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from tvm import ir, relax
 
-import anncvt.runtime.op  # noqa: F401  (registers torch.ops.anncvt.adder2d)
+import anncvt.runtime.kernels.aten_layers
+import anncvt.runtime.kernels.aten_spatial
+import anncvt.runtime.op  # noqa: F401  (these three register operators)
 from anncvt.errors import AnncvtError
+from anncvt.runtime.inference import inference_copy
+from anncvt.runtime.kernels.aten import HANDLERS, Unsuitable, overload_name, shape_of
 from anncvt.runtime.kernels.deployment import Deployment
 from anncvt.runtime.kernels.emitter import Emitter
 from anncvt.runtime.kernels.foreign import Foreign, unknown
 from anncvt.runtime.kernels.fusion import Combination, Pending, Value, View
-from anncvt.runtime.kernels.operators import HANDLERS, Unsuitable, overload_name, shape_of
 
 
 def export(network: nn.Module, shape: Sequence[int]) -> torch.export.ExportedProgram:
@@ -29,19 +32,15 @@ def export(network: nn.Module, shape: Sequence[int]) -> torch.export.ExportedPro
     Raises:
         AnncvtError: torch.export cannot follow the network.
     """
-    was_training = network.training
-    network.eval()
     try:
         with torch.no_grad():
-            return torch.export.export(network, (torch.zeros(*shape),)).run_decompositions({})
+            return torch.export.export(inference_copy(network), (torch.zeros(*shape),)).run_decompositions({})
     except Exception as error:  # torch.export raises many kinds, from TypeError to its own
         raise AnncvtError(
             f"torch.export cannot follow the network: {str(error).strip().splitlines()[0]}",
             where=type(network).__name__,
             fix="compile needs a network whose control flow does not depend on the data",
         ) from error
-    finally:
-        network.train(was_training)
 
 
 def lower(programs: dict[str, torch.export.ExportedProgram], accumulators: int) -> tuple[ir.IRModule, int]:
@@ -140,7 +139,7 @@ class _Graph:
             )
         return results[0]
 
-    # What handlers see (operators.Lowering).
+    # What handlers see (aten.Lowering).
 
     def lazy(self, argument: Any) -> Any:
         """Whatever stands for ``argument`` so far."""

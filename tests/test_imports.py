@@ -1,6 +1,7 @@
 """The rooms of the house: imports point down only, heavy packages stay where they belong."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -23,13 +24,13 @@ def files():
 MODULES = dict(files())
 
 
-def imported(path: Path, *, typing: bool = False) -> set[str]:
-    """Every module a file imports, in functions too; under ``if TYPE_CHECKING`` only where asked."""
+@functools.cache
+def imported(path: Path) -> frozenset[str]:
+    """Every module a file imports, in functions too, but not under ``if TYPE_CHECKING``."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    if not typing:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-                node.body = [ast.Pass()]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -40,7 +41,7 @@ def imported(path: Path, *, typing: bool = False) -> set[str]:
             found |= (names & set(MODULES)) | ({str(node.module)} if names - set(MODULES) else set())
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             found |= {str(argument.value) for argument in node.args[:1] if isinstance(argument, ast.Constant)}
-    return found
+    return frozenset(found)
 
 
 def ours(path: Path) -> set[str]:

@@ -34,10 +34,10 @@ def f32(value: float) -> Any:
     return tirx.const(value, "float32")
 
 
-def prefetch(buffer: Any, at: Any) -> None:
-    """Bring the cache line of ``buffer[at]`` closer, without waiting for it."""
+def prefetch(buffer: Any, at: Any, *, write: bool = False) -> None:
+    """Bring the cache line of ``buffer[at]`` closer, to be read or written, without waiting for it."""
     address = T.address_of(buffer[at])
-    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))  # read, second-level cache, data
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, int(write), 2, 1))  # second-level cache, data
 
 
 def store(target: Any, at: Any, value: Callable[[Any], Any] | Any, lanes: int = LANES) -> None:

@@ -195,6 +195,7 @@ class _Kernel:
                     start = self._pixel(image, row, o, tile)
                     with T.unroll(tall) as p, T.unroll(wide) as q:
                         prefetch(self.residual, start + (p * self.width + q) * LANES)
+                        prefetch(self.y, start + (p * self.width + q) * LANES, write=True)
                 self._taps(accumulator, o, source, base, tile)
                 self._epilogue(accumulator, image, row, o, sums, tile)
 

@@ -10,6 +10,7 @@ All steps use the op's exact (sign) gradient: the smoothed one of AdderNet train
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ class CalibrationConfig:
     joint_steps: int = 1000
     batch_size: int = 64
     lr: float = 1e-3  # Adam, of everything but adder weights
-    weight_lr: float = 5e-3  # Adam, of adder weights
+    weight_lr: float = 0.01  # Adam, of adder weights, relative to the standard deviation of each layer's input
     temperature: float = 2.0
     feature_weight: float = 1.0
     augment: bool = True
@@ -158,10 +159,11 @@ class _Calibration:
     def fit_jointly(self, deadline: float | None) -> int:
         """Stage 2. Returns the number of steps."""
         config = self.config
-        weights = [pair.adder.weight for pair in self.paired]
-        known = set(weights)
-        others = [parameter for parameter in self.student.parameters() if parameter not in known]
-        optimizer = torch.optim.Adam([{"params": weights, "lr": config.weight_lr}, {"params": others, "lr": config.lr}])
+        spread = self._input_spread()
+        groups = [{"params": [p.adder.weight], "lr": config.weight_lr * spread[p.name]} for p in self.paired]
+        weights = {pair.adder.weight for pair in self.paired}
+        others = [parameter for parameter in self.student.parameters() if parameter not in weights]
+        optimizer = torch.optim.Adam([*groups, {"params": others, "lr": config.lr}])
         peaks = [group["lr"] for group in optimizer.param_groups]
         batches = self._batches()
         self._train_mode()
@@ -191,6 +193,20 @@ class _Calibration:
                         )
                     task.advance(1, loss=loss, r2=sum(self.r2.values()) / len(self.r2))
         return steps
+
+    @torch.no_grad()
+    def _input_spread(self) -> dict[str, float]:
+        """Standard deviation of what arrives at each adder: the natural unit of its weights."""
+        spread: dict[str, float] = {}
+
+        def measure(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            spread[name] = float(inputs[0].std().clamp_min(1e-6))
+
+        handles = [p.adder.register_forward_pre_hook(functools.partial(measure, p.name)) for p in self.paired]
+        self.student.eval()(self._batch(next(self._batches()), augmented=False))
+        for handle in handles:
+            handle.remove()
+        return spread
 
     def _loss(self, x: Tensor, outputs: dict[nn.Module, list[Tensor]]) -> Tensor:
         with torch.no_grad():

@@ -197,7 +197,7 @@ def _batches(batch: int | Sequence[int]) -> list[int]:
 
 
 def _check_machine(path: Path, target: dict[str, Any]) -> None:
-    fix = "compile it for this machine (`anncvt compile --target cpu`) or for an older one (`--target avx2`)"
+    fix = "compile it on this machine, or for more processors (`anncvt compile --target avx512` or `avx2`)"
     if target["architecture"] != processor.architecture():
         raise AnncvtError(
             f"compiled for {target['architecture']}, this machine is {processor.architecture()}",

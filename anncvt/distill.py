@@ -192,7 +192,7 @@ class _Training:
                 if self.step % self.steps_per_epoch == 0 and test is not None:
                     for kept in outputs.values():
                         kept.clear()
-                    accuracy = {"top1": evaluate(self.student, test, self.program.preprocess)["top1"]}
+                    accuracy = {**evaluate(self.student, test, self.program.preprocess)}
                     for kept in outputs.values():
                         kept.clear()
                 if self.step % self.steps_per_epoch == 0 or self.step % 50 == 0:

@@ -96,6 +96,7 @@ def accuracy_on(
     program: Program,
     images: Images,
     *,
+    student: dict[str, float] | None = None,
     teacher: dict[str, float] | None = None,
     batch_size: int = 256,
     progress: Progress = SILENT,
@@ -103,11 +104,11 @@ def accuracy_on(
     """``{"student": {"top1", "top5"}, "teacher": {...}, "images", "data"}`` in percent; no student, no such key.
 
     Args:
-        teacher: its accuracy on the same images, where that was measured already.
+        student, teacher: their accuracy on the same images, where that was measured already.
     """
     measured: dict[str, Any] = {}
     if program.student is not None:
-        measured["student"] = evaluate(
+        measured["student"] = student or evaluate(
             program.student, images, program.preprocess, batch_size=batch_size, progress=progress
         )
     measured["teacher"] = teacher or evaluate(

@@ -17,7 +17,7 @@ from anncvt.data import Images, native_size
 from anncvt.errors import AnncvtError
 from anncvt.evaluate import evaluate
 from anncvt.load import load
-from anncvt.measure import DataChoice, accuracy_on, remember
+from anncvt.measure import DataChoice, accuracy, accuracy_on, remember
 from anncvt.passes.calibrate import calibrate
 from anncvt.passes.plan import plan
 from anncvt.passes.rewrite import rewrite
@@ -130,12 +130,15 @@ def distil(
     progress: Progress,
 ) -> Program:
     """Distil, measure, save."""
-    from anncvt.distill import distill
+    from anncvt.distill import discard_checkpoint, distill
 
     train = training.open("train", program.preprocess, progress=progress)
     program = distill(program, train, yardstick.images, config, folder=output, resume=resume, progress=progress)
-    yardstick.record(program, progress)
+    result = program.history[-1].metrics
+    last: dict[str, float] = {name: result[name] for name in ("top1", "top5") if name in result}
+    yardstick.record(program, progress, student=last)
     folder.save(program, output)
+    discard_checkpoint(output)
     for name in MADE_FROM_STUDENT:
         if (output / name).exists():
             (output / name).unlink()
@@ -164,7 +167,11 @@ class Yardstick:
             choice.open("train", program.preprocess, at_most=1)
         try:
             images = choice.open("test", program.preprocess, at_most=EVALUATION_IMAGES, progress=progress)
-            teacher = evaluate(program.teacher, images, program.preprocess, progress=progress)
+            known = accuracy(program)
+            if known is not None and (known["data"], known["images"]) == (images.name, len(images)):
+                teacher = known["teacher"]
+            else:
+                teacher = evaluate(program.teacher, images, program.preprocess, progress=progress)
         except AnncvtError as error:
             if required and not isinstance(error, NoSuchSplit):
                 raise
@@ -175,12 +182,12 @@ class Yardstick:
             return cls(images, teacher)
         return cls(None, None)
 
-    def record(self, program: Program, progress: Progress = SILENT) -> None:
-        """Measure the adder network and add to the history which stage reached what."""
+    def record(self, program: Program, progress: Progress = SILENT, *, student: dict[str, float] | None = None) -> None:
+        """Measure the adder network, unless ``student`` says it, and add to the history which stage reached what."""
         if self.images is None:
             return
         begin = time.monotonic()
-        measured = accuracy_on(program, self.images, teacher=self.teacher, progress=progress)
+        measured = accuracy_on(program, self.images, student=student, teacher=self.teacher, progress=progress)
         program.record("evaluated", time.monotonic() - begin, {"of": program.stage, **measured})
 
 

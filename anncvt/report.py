@@ -25,8 +25,7 @@ def accuracy(measured: dict[str, Any]) -> RenderableType:
             drop = measured["teacher"]["top1"] - measured[role]["top1"]
             shown = "" if role == "teacher" else f"{drop:.2f}"
             table.add_row(ROLES[role], f"{measured[role]['top1']:.2f}", f"{measured[role]['top5']:.2f}", shown)
-    table.caption = f"{measured['images']} images of {escape(measured['data'])}"
-    return table
+    return Group(table, f"{measured['images']} images of {escape(measured['data'])}")
 
 
 def plan(decided: Plan) -> RenderableType:
@@ -45,12 +44,12 @@ def plan(decided: Plan) -> RenderableType:
             escape(layer.reason),
         )
     totals = decided.totals()
-    table.caption = (
+    line = (
         f"{totals['swapped']} of {totals['convolutions']} convolutions become adders: "
         f"{totals['swapped_share']:.1%} of {count(totals['macs'])} multiply-accumulates; then "
         f"{count(totals['adds'])} additions and {count(totals['muls'])} multiplications an image"
     )
-    return table
+    return Group(table, line)
 
 
 def parity(result: dict[str, Any]) -> RenderableType:
@@ -59,8 +58,7 @@ def parity(result: dict[str, Any]) -> RenderableType:
     for name, row in result["backends"].items():
         table.add_row(name, f"{row['max_abs']:.2e}", f"{row['max_rel']:.2e}", f"{row['top1_agreement']:.2f}")
     verdict = "[green]equal to torch[/]" if result["ok"] else "[red]NOT equal to torch[/]"
-    table.caption = f"{verdict} on {result['images']} images of {escape(result['data'])}{_missing(result)}"
-    return table
+    return Group(table, f"{verdict} on {result['images']} images of {escape(result['data'])}{_missing(result)}")
 
 
 def latency(result: dict[str, Any]) -> RenderableType:
@@ -76,8 +74,7 @@ def latency(result: dict[str, Any]) -> RenderableType:
             f"{row['ratio']:.2f}x",
         )
     first = result["rows"][0]
-    table.caption = f"batch {first['batch']}, threads {first['threads']}{_missing(result)}"
-    return table
+    return Group(table, f"batch {first['batch']}, threads {first['threads']}{_missing(result)}")
 
 
 def predictions(found: Sequence[dict[str, Any]]) -> RenderableType:
@@ -177,7 +174,7 @@ def _headline(metrics: dict[str, Any]) -> str:
 
 def _table(first: str, **columns: str | bool) -> Table:
     """A table whose first column is text; of ``columns`` those with a heading of their own (a string) are figures."""
-    table = Table(title_justify="left", caption_justify="left", header_style="bold")
+    table = Table(title_justify="left", header_style="bold")
     table.add_column(first)
     for name, heading in columns.items():
         if isinstance(heading, str):

@@ -44,8 +44,8 @@ class CalibrationConfig:
     """Hyper-parameters; the defaults are what measured best (benchmarks/RESULTS.md)."""
 
     layer: LayerFit = field(default_factory=LayerFit)
-    layer_share: float = 0.3  # of a time budget
-    joint_steps: int = 1000
+    layer_share: float = 0.4  # of a time budget
+    joint_steps: int = 600
     batch_size: int = 64
     lr: float = 1e-3  # Adam, of everything but adder weights
     weight_lr: float = 0.01  # Adam, of adder weights, relative to the standard deviation of each layer's input

@@ -27,9 +27,9 @@ _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 class LayerFit:
     """How one layer is fitted; the defaults are what measured best (benchmarks/RESULTS.md)."""
 
-    steps: int = 200
+    steps: int = 300
     positions: int = 16384  # output pixels per step: the cost of a step, whatever the size of the maps
-    weight_lr: float = 0.05  # relative to the standard deviation of the layer's input
+    weight_lr: float = 0.1  # relative to the standard deviation of the layer's input
     norm_lr: float = 0.01
     relu_weight: float = 5.0  # of the error behind the ReLU, where one follows
 

@@ -28,10 +28,10 @@ fmt: $(VENV)/.dev  ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## time kernels and networks
-	$(BIN)/python benchmarks/latency.py
+bench: $(VENV)/.dev  ## time adder layers against convolutions
+	$(BIN)/python benchmarks/kernels.py
 
-accuracy: $(VENV)/.dev  ## measure conversions on real data (see benchmarks/README.md)
+accuracy: $(VENV)/.dev  ## measure conversions at several budgets
 	$(BIN)/python benchmarks/accuracy.py
 
 clean:  ## remove the environment and what was built

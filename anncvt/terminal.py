@@ -14,11 +14,13 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from anncvt.progress import SILENT
 from anncvt.progress import Progress as Reporter
@@ -62,7 +64,7 @@ class Bars:
             SpinnerColumn(finished_text="[green]✓"),
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            _Count(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}", style="cyan"),
@@ -80,7 +82,7 @@ class Bars:
     @contextlib.contextmanager
     def task(self, description: str, total: float | None) -> Iterator[_Bar]:
         begin = time.monotonic()
-        number = self._display.add_task(description, total=total, figures="")
+        number = self._display.add_task(description, total=total, figures="", counted=total is not None)
         try:
             yield _Bar(self._display, number)
             if total is None:
@@ -92,6 +94,13 @@ class Bars:
 
     def note(self, message: str) -> None:
         self._display.console.print(f"[yellow]note[/] {_plain(message)}", highlight=False)
+
+
+class _Count(MofNCompleteColumn):
+    """Steps done, for work that is counted in steps."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.fields["counted"] else Text()
 
 
 class _Bar:

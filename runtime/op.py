@@ -1,7 +1,7 @@
 """THE op: ``anncvt::adder2d`` and its backward, registered with torch (schema, fake, autograd, dispatch).
 
-A ``torch.library`` op and not a plain ``autograd.Function``: the latter is inlined by ``torch.fx`` and ``torch.export``,
-which loses both the node and the adder gradients.
+A ``torch.library`` op and not a plain ``autograd.Function``: the latter is inlined by ``torch.fx`` and
+``torch.export``, which loses both the node and the adder gradients.
 """
 
 from __future__ import annotations

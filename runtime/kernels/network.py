@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def export(network: nn.Module, shape: Sequence[int]) -> torch.export.ExportedPro
         AnncvtError: torch.export cannot follow the network.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own use of treespecs
             return torch.export.export(inference_copy(network), (torch.zeros(*shape),)).run_decompositions({})
     except Exception as error:  # torch.export raises many kinds, from TypeError to its own
         raise AnncvtError(

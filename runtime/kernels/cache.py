@@ -124,5 +124,6 @@ def _versions() -> str:
 @functools.cache
 def _sources() -> str:
     here = Path(__file__).parent
-    content = b"".join((here / name).read_bytes() for name in ("training.py", "spec.py", "target.py"))
+    files = [here / "training.py", here / "spec.py", here / "target.py", here.parent / "geometry.py"]
+    content = b"".join(file.read_bytes() for file in files)
     return hashlib.sha256(content).hexdigest()

@@ -42,7 +42,7 @@ def test_parity_of_any_geometry(case):
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases())
 def test_parity_of_many_geometries(case):
     assert_parity(op, case, values="grid")

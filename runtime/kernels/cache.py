@@ -124,6 +124,6 @@ def _versions() -> str:
 @functools.cache
 def _sources() -> str:
     here = Path(__file__).parent
-    files = [here / "training.py", here / "spec.py", here / "target.py", here.parent / "geometry.py"]
-    content = b"".join(file.read_bytes() for file in files)
+    names = ("training.py", "gradients.py", "tir.py", "spec.py", "target.py", "../geometry.py")
+    content = b"".join((here / name).read_bytes() for name in names)
     return hashlib.sha256(content).hexdigest()

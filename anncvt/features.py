@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEATURE_LOSSES = ("kernel", "mse", "none")
+#: Pixels per layer that are compared. More of a batch says the same, and would cost more than the network itself.
+POSITIONS = 16384
 
 
 class FeatureLoss(nn.Module):
@@ -37,7 +39,8 @@ class FeatureLoss(nn.Module):
         """Raw outputs per layer, ``[N, C, *]`` each; the convolutions' get no gradient. Returns a scalar."""
         losses = []
         for at, (adder, convolution) in enumerate(zip(adders, convolutions, strict=True)):
-            g, h = _standardise(adder), _standardise(convolution.detach())
+            every = max(1, adder[:, 0].numel() // POSITIONS)
+            g, h = _standardise(adder[::every]), _standardise(convolution[::every].detach())
             if self.kind == "kernel":
                 g = torch.exp(g / (2 * torch.exp(2 * self.log_sigma_adder[at])))
                 h = torch.exp(h / (2 * torch.exp(2 * self.log_sigma_conv[at])))

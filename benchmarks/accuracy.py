@@ -1,0 +1,130 @@
+"""Accuracy of a conversion at several budgets, with its ablations; prints rows for benchmarks/RESULTS.md.
+
+    python benchmarks/accuracy.py                                             # the bundled digits network
+    python benchmarks/accuracy.py net.pth --arch mynet:Net --data hf:cifar10 --budgets 300,1200 --ablations
+
+The calibration sees unlabelled training images; accuracy is measured on the test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import anncvt  # before torch: it sets how the thread pools wait
+from anncvt.architecture import parse_arch_args
+from anncvt.data import open_images
+from anncvt.errors import AnncvtError
+from anncvt.evaluate import evaluate
+from anncvt.passes.calibrate import CalibrationConfig, calibrate
+from anncvt.passes.pairing import pairs
+from anncvt.passes.rewrite import rewrite
+from anncvt.terminal import reporter
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+DIGITS = {"input_size": (1, 16, 16), "mean": (0.5,), "std": (0.5,)}
+
+
+def main() -> None:
+    options = _options()
+    loading = {"arch": options.arch, "arch_args": parse_arch_args(options.arch_args)}
+    if options.model is None:
+        options.model, loading = EXAMPLES / "digits_net.safetensors", {"arch": "digits_net:DigitsNet", **DIGITS}
+    elif options.input_size is not None:
+        loading["input_size"] = options.input_size
+    start = rewrite(anncvt.plan(anncvt.load(options.model, **loading)))
+    read = {"data_dir": options.data_dir, "seed": options.seed}
+    train = open_images(options.data, "train", start.preprocess, limit=options.images, labelled=False, **read)
+    test = open_images(options.data, "test", start.preprocess, **read)
+    teacher = evaluate(start.teacher, test, start.preprocess)["top1"]
+    print(f"{options.model}, {options.data}: {len(train)} images, seed {options.seed}; {_machine()}", file=sys.stderr)
+    print("| conversion | seconds | top-1 % | below the CNN (points) |\n|---|---|---|---|")
+    print(f"| none: the CNN | | {teacher:.2f} | |")
+    rows = [{"conversion": "cnn", "top1": teacher}]
+    for name, convert in _conversions(options, train):
+        program = copy.deepcopy(start)
+        begin = time.monotonic()
+        convert(program)
+        seconds = time.monotonic() - begin
+        top1 = evaluate(program.student, test, program.preprocess)["top1"]
+        rows.append({"conversion": name, "seconds": round(seconds, 1), "top1": top1, "drop": teacher - top1})
+        print(f"| {name} | {seconds:.0f} | {top1:.2f} | {teacher - top1:.2f} |", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"machine": _machine(), "seed": options.seed, "rows": rows}, indent=1))
+
+
+def _conversions(options: argparse.Namespace, train) -> list[tuple[str, Callable]]:
+    """Name and function of every row: the budgets, then what each part of the method is worth."""
+    base = CalibrationConfig()
+
+    def with_config(config: CalibrationConfig) -> Callable:
+        return lambda program: calibrate(program, train, seed=options.seed, config=config, progress=PROGRESS)
+
+    def within(seconds: float) -> Callable:
+        return lambda program: calibrate(program, train, seed=options.seed, budget=seconds, progress=PROGRESS)
+
+    rows = [(f"calibrated, budget {seconds:g} s", within(seconds)) for seconds in options.budgets]
+    if options.ablations:
+        no_fit, short = replace(base.layer, steps=0), replace(base.layer, steps=100)
+        rows += [
+            ("the CNN's weights copied, statistics taken again", lambda program: _copied(program, train)),
+            ("quantile map alone", with_config(replace(base, layer=no_fit, joint_steps=0))),
+            ("map, layers fitted (100 steps)", with_config(replace(base, layer=short, joint_steps=0))),
+            (
+                "the same, error behind the ReLU not counted",
+                with_config(replace(base, layer=replace(short, relu_weight=0.0), joint_steps=0)),
+            ),
+            (f"map, layers fitted ({base.layer.steps} steps)", with_config(replace(base, joint_steps=0))),
+            ("map, fitted jointly (300 steps), layers not fitted", with_config(replace(base, layer=no_fit, joint_steps=300))),
+            ("map, layers (100 steps), jointly (300 steps)", with_config(replace(base, layer=short, joint_steps=300))),
+        ]
+    return rows
+
+
+def _copied(program, train) -> None:
+    """What is tried without a method: swap the op, keep the weights, take the BatchNorm statistics again."""
+    import torch
+
+    for pair in pairs(program):
+        pair.norm.reset_running_stats()
+        pair.norm.momentum = None
+        pair.norm.train()
+    with torch.no_grad():
+        for part in torch.arange(len(train)).split(256):
+            program.student(train.batch(part, program.preprocess))
+    program.student.eval()
+
+
+def _machine() -> str:
+    return f"{os.cpu_count()} cores, {platform.machine()}, torch threads as set by the environment"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", type=Path, help="a checkpoint; default: the bundled digits network")
+    parser.add_argument("--arch")
+    parser.add_argument("--arch-args", action="append", default=[])
+    parser.add_argument("--input-size", type=int)
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--images", type=int, default=5000, help="calibration images")
+    parser.add_argument("--budgets", type=lambda text: [float(s) for s in text.split(",") if s], default=[20.0])
+    parser.add_argument("--ablations", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except AnncvtError as error:
+        sys.exit(f"{error}. {error.fix or ''}")

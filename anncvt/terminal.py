@@ -29,6 +29,8 @@ from anncvt.progress import Progress as Reporter
 WORTH_SHOWING = 2.0
 #: Seconds between two log lines of one task.
 LOG_EVERY = 10.0
+#: Steps reported so soon after the start were done in an earlier, interrupted run.
+AT_ONCE = 0.05
 
 
 @contextlib.contextmanager
@@ -129,13 +131,15 @@ class _Line:
     def __init__(self, description: str, total: float | None) -> None:
         self._description, self._total = description, total
         self._begin = self._last = time.monotonic()
-        self._done = 0.0
+        self._done = self._before = 0.0
         self._metrics: dict[str, float | str] = {}
 
     def advance(self, amount: float = 1, **metrics: float | str) -> None:
+        now = time.monotonic()
+        if self._done == 0 and now - self._begin < AT_ONCE:
+            self._before = amount
         self._done += amount
         self._metrics.update(metrics)
-        now = time.monotonic()
         if now - self._last >= LOG_EVERY:
             self._last = now
             self._say(now)
@@ -151,8 +155,9 @@ class _Line:
         if self._total:
             parts.append(f"{self._done:g}/{self._total:g}")
         parts.append(f"{elapsed:.0f} s")
-        if self._total and 0 < self._done < self._total:
-            parts.append(f"{elapsed * (self._total / self._done - 1):.0f} s left")
+        if self._total and self._before < self._done < self._total:
+            left = elapsed * (self._total - self._done) / (self._done - self._before)
+            parts.append(f"{left:.0f} s left")
         if self._metrics:
             parts.append(figures(self._metrics))
         print(" ".join(parts), file=sys.stderr, flush=True)

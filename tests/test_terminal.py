@@ -17,6 +17,15 @@ def test_a_log_gets_a_line_now_and_then(capsys, monkeypatch):
     assert said.err.splitlines() == ["fit: 2/4 12 s 12 s left loss 0.25", "fit: 3/4 30 s 10 s left loss 0.1667"]
 
 
+def test_a_resumed_task_is_not_taken_for_a_fast_one(capsys, monkeypatch):
+    clock = iter([0.0, 0.01, 20.0, 21.0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    with terminal.Lines().task("distil", 100) as task:
+        task.advance(90)
+        task.advance(5)
+    assert capsys.readouterr().err.splitlines()[0] == "distil: 95/100 20 s 20 s left"
+
+
 def test_a_short_task_leaves_no_line(capsys):
     with terminal.Lines().task("fit", 4) as task:
         task.advance(4)

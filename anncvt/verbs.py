@@ -100,7 +100,7 @@ def _explain(error: Exception) -> None:
         message += "\n  this is a bug or an unforeseen input; run it again with -v to see where"
     _say(message)
     if settings().json and not settings().answered:
-        answer({"error": {"what": what, "where": getattr(error, "where", None), "fix": fix}})
+        answer({"error": {"what": getattr(error, "what", what), "where": getattr(error, "where", None), "fix": fix}})
 
 
 def _say(message: str) -> None:

@@ -5,9 +5,7 @@ The names below are imported on first use: ``import anncvt`` alone costs nothing
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from anncvt.runtime.threads import calm_openmp
@@ -46,17 +44,6 @@ __all__ = [
 _HOMES = {"AnncvtError": "anncvt.errors", "Program": "anncvt.program"}
 
 calm_openmp()  # has an effect only before torch is imported
-
-
-class _Package(ModuleType):
-    """Keeps ``anncvt.load`` the function when the module of that name is imported (as for distill and evaluate)."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in __all__ and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

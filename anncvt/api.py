@@ -19,7 +19,7 @@ from anncvt.progress import SILENT, Progress
 if TYPE_CHECKING:
     from torch import nn
 
-    from anncvt.distill import DistillConfig
+    from anncvt.pkkd import DistillConfig
 
 __all__ = [
     "DataChoice",
@@ -354,7 +354,7 @@ def _choice(data: DataChoice | str | None) -> DataChoice | None:
 
 def _distill_config(config: DistillConfig | None, seed: int, **given: Any) -> DistillConfig:
     """``config``, or the defaults with ``seed``; what is ``given`` wins."""
-    from anncvt.distill import DistillConfig
+    from anncvt.pkkd import DistillConfig
 
     given = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(config or DistillConfig(seed=seed), **given)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from anncvt.errors import AnncvtError
 from anncvt.files import atomic_path, write_text
-from anncvt.load import build
+from anncvt.loading import build
 from anncvt.program import FORMAT, Plan, Preprocess, Program, Record, Source
 from anncvt.state_dict import load_strict
 from anncvt.swap import swap

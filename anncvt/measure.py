@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from anncvt.data import Images, open_images, parse_spec
 from anncvt.errors import AnncvtError, GateError
-from anncvt.evaluate import evaluate
+from anncvt.evaluation import evaluate
 from anncvt.program import Preprocess, Program
 from anncvt.progress import SILENT, Progress
 

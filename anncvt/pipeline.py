@@ -15,8 +15,8 @@ from anncvt import folder
 from anncvt.checkpoint import sha256
 from anncvt.data import Images, native_size
 from anncvt.errors import AnncvtError
-from anncvt.evaluate import evaluate
-from anncvt.load import load
+from anncvt.evaluation import evaluate
+from anncvt.loading import load
 from anncvt.measure import DataChoice, accuracy, accuracy_on, remember
 from anncvt.passes.calibrate import calibrate
 from anncvt.passes.plan import plan
@@ -29,7 +29,7 @@ from anncvt.zoo import ZOOS
 if TYPE_CHECKING:
     from torch import nn
 
-    from anncvt.distill import DistillConfig
+    from anncvt.pkkd import DistillConfig
 
 #: Calibration images, unless a limit says otherwise: more change little.
 CALIBRATION_IMAGES = 5000
@@ -49,7 +49,7 @@ def open_model(
     progress: Progress = SILENT,
     **options: Any,
 ) -> Program:
-    """A program folder, or anything that :func:`anncvt.load.load` takes (with its ``options``).
+    """A program folder, or anything that :func:`anncvt.loading.load` takes (with its ``options``).
 
     Args:
         data: images that the network will be used with. If they all have one size and nothing else says the input
@@ -130,7 +130,7 @@ def distil(
     progress: Progress,
 ) -> Program:
     """Distil, measure, save."""
-    from anncvt.distill import discard_checkpoint, distill
+    from anncvt.pkkd import discard_checkpoint, distill
 
     train = training.open("train", program.preprocess, progress=progress)
     program = distill(program, train, yardstick.images, config, folder=output, resume=resume, progress=progress)

@@ -21,13 +21,12 @@ from pathlib import Path
 
 import anncvt  # before torch: it sets how the thread pools wait
 from anncvt.architecture import parse_arch_args
-from anncvt.data import open_images
+from anncvt.data import Images, open_images
 from anncvt.errors import AnncvtError
-from anncvt.evaluate import evaluate
+from anncvt.evaluation import evaluate
 from anncvt.passes.calibrate import CalibrationConfig, calibrate
 from anncvt.passes.pairing import pairs
 from anncvt.passes.rewrite import rewrite
-from anncvt.terminal import reporter
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DIGITS = {"input_size": (1, 16, 16), "mean": (0.5,), "std": (0.5,)}
@@ -49,27 +48,28 @@ def main() -> None:
     print("| conversion | seconds | top-1 % | below the CNN (points) |\n|---|---|---|---|")
     print(f"| none: the CNN | | {teacher:.2f} | |")
     rows = [{"conversion": "cnn", "top1": teacher}]
-    for name, convert in _conversions(options, train):
-        program = copy.deepcopy(start)
-        begin = time.monotonic()
-        convert(program)
-        seconds = time.monotonic() - begin
-        top1 = evaluate(program.student, test, program.preprocess)["top1"]
-        rows.append({"conversion": name, "seconds": round(seconds, 1), "top1": top1, "drop": teacher - top1})
-        print(f"| {name} | {seconds:.0f} | {top1:.2f} | {teacher - top1:.2f} |", flush=True)
+    with reporter() as progress:
+        for name, convert in _conversions(options, train, progress):
+            program = copy.deepcopy(start)
+            begin = time.monotonic()
+            convert(program)
+            seconds = time.monotonic() - begin
+            top1 = evaluate(program.student, test, program.preprocess)["top1"]
+            rows.append({"conversion": name, "seconds": round(seconds, 1), "top1": top1, "drop": teacher - top1})
+            print(f"| {name} | {seconds:.0f} | {top1:.2f} | {teacher - top1:.2f} |", flush=True)
     if options.json:
         options.json.write_text(json.dumps({"machine": _machine(), "seed": options.seed, "rows": rows}, indent=1))
 
 
-def _conversions(options: argparse.Namespace, train) -> list[tuple[str, Callable]]:
+def _conversions(options: argparse.Namespace, train: Images, progress: Progress) -> list[tuple[str, Callable]]:
     """Name and function of every row: the budgets, then what each part of the method is worth."""
     base = CalibrationConfig()
 
     def with_config(config: CalibrationConfig) -> Callable:
-        return lambda program: calibrate(program, train, seed=options.seed, config=config, progress=PROGRESS)
+        return lambda program: calibrate(program, train, seed=options.seed, config=config, progress=progress)
 
     def within(seconds: float) -> Callable:
-        return lambda program: calibrate(program, train, seed=options.seed, budget=seconds, progress=PROGRESS)
+        return lambda program: calibrate(program, train, seed=options.seed, budget=seconds, progress=progress)
 
     rows = [(f"calibrated, budget {seconds:g} s", within(seconds)) for seconds in options.budgets]
     if options.ablations:
@@ -83,13 +83,16 @@ def _conversions(options: argparse.Namespace, train) -> list[tuple[str, Callable
                 with_config(replace(base, layer=replace(short, relu_weight=0.0), joint_steps=0)),
             ),
             (f"map, layers fitted ({base.layer.steps} steps)", with_config(replace(base, joint_steps=0))),
-            ("map, fitted jointly (300 steps), layers not fitted", with_config(replace(base, layer=no_fit, joint_steps=300))),
+            (
+                "map, fitted jointly (300 steps), layers not fitted",
+                with_config(replace(base, layer=no_fit, joint_steps=300)),
+            ),
             ("map, layers (100 steps), jointly (300 steps)", with_config(replace(base, layer=short, joint_steps=300))),
         ]
     return rows
 
 
-def _copied(program, train) -> None:
+def _copied(program: Program, train: Images) -> None:
     """What is tried without a method: swap the op, keep the weights, take the BatchNorm statistics again."""
     import torch
 
@@ -104,7 +107,7 @@ def _copied(program, train) -> None:
 
 
 def _machine() -> str:
-    return f"{os.cpu_count()} cores, {platform.machine()}, torch threads as set by the environment"
+    return f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
 
 
 def _options() -> argparse.Namespace:

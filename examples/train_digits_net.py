@@ -25,7 +25,7 @@ from digits_net import INPUT_SIZE, MEAN, STD, DigitsNet
 from safetensors.torch import save
 
 from anncvt.data import augment, open_images
-from anncvt.evaluate import evaluate
+from anncvt.evaluation import evaluate
 from anncvt.files import atomic_path
 from anncvt.images import normalise
 from anncvt.program import Preprocess

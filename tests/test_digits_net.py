@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from anncvt.data import open_images
-from anncvt.evaluate import evaluate
+from anncvt.evaluation import evaluate
 from anncvt.program import Preprocess
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

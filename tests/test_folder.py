@@ -11,7 +11,7 @@ from torch import nn
 
 from anncvt import folder
 from anncvt.errors import AnncvtError
-from anncvt.load import load
+from anncvt.loading import load
 from anncvt.passes.plan import plan
 from anncvt.passes.rewrite import rewrite
 

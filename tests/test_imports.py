@@ -75,11 +75,11 @@ NETWORK = "anncvt.runtime.kernels.network"
 FLOORS = [
     {"anncvt.cli", "anncvt.__main__"},
     {"anncvt.api"},
-    {"anncvt.report", "anncvt.distill", "anncvt.pipeline"},
+    {"anncvt.report", "anncvt.pkkd", "anncvt.pipeline"},
     {"anncvt.runtime.onnx", "anncvt.runtime.check", "anncvt.runtime.bench", "anncvt.runtime.tvm", NETWORK},
     {name for name in MODULES if name.startswith("anncvt.passes")},
     {"anncvt.folder"},
-    {"anncvt.load", "anncvt.data"},
+    {"anncvt.loading", "anncvt.data"},
     {"anncvt.program"},
     {"anncvt.nn"},
     {"anncvt.runtime.op"},

@@ -5,7 +5,7 @@ from networks import Residual
 from torch import nn
 
 from anncvt.errors import AnncvtError
-from anncvt.load import load
+from anncvt.loading import load
 from anncvt.nn import AdderConv2d
 from anncvt.passes.plan import plan
 from anncvt.swap import swap

@@ -9,7 +9,7 @@ from networks import Awkward, Mobile, Residual
 
 from anncvt.errors import AnncvtError
 from anncvt.images import Images, normalise
-from anncvt.load import load
+from anncvt.loading import load
 from anncvt.passes.calibrate import CalibrationConfig, calibrate
 from anncvt.passes.fit_layers import LayerFit
 from anncvt.passes.pairing import pairs

@@ -5,7 +5,7 @@ import torch
 
 from anncvt import folder, zoo
 from anncvt.errors import AnncvtError
-from anncvt.load import load
+from anncvt.loading import load
 from anncvt.passes.observe import observe
 from anncvt.passes.plan import plan
 from anncvt.passes.rewrite import rewrite

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from anncvt.errors import AnncvtError
-from anncvt.load import load
+from anncvt.loading import load
 from anncvt.passes.plan import plan
 from anncvt.program import Plan
 

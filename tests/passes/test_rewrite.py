@@ -4,7 +4,7 @@ from networks import Awkward, Mobile, Residual
 from torch import nn
 
 from anncvt.errors import AnncvtError
-from anncvt.load import load
+from anncvt.loading import load
 from anncvt.nn import AdderConv2d
 from anncvt.passes.plan import plan
 from anncvt.passes.rewrite import rewrite

@@ -9,7 +9,7 @@ from torch import nn
 
 from anncvt import zoo
 from anncvt.errors import AnncvtError
-from anncvt.load import build, load
+from anncvt.loading import build, load
 
 
 class Notes:

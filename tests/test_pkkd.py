@@ -13,13 +13,13 @@ import pytest
 import torch
 from networks import Residual
 
-from anncvt.distill import CHECKPOINT, LOG, DistillConfig, discard_checkpoint, distill
 from anncvt.errors import AnncvtError
-from anncvt.evaluate import evaluate
+from anncvt.evaluation import evaluate
 from anncvt.images import Images
-from anncvt.load import load
+from anncvt.loading import load
 from anncvt.passes.plan import plan
 from anncvt.passes.rewrite import rewrite
+from anncvt.pkkd import CHECKPOINT, LOG, DistillConfig, discard_checkpoint, distill
 
 QUICK = DistillConfig(epochs=2, batch_size=16, checkpoint_seconds=0.0)
 
@@ -116,7 +116,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from test_distill import QUICK, distill, images, program
+from test_pkkd import QUICK, distill, images, program
 import torch
 net = distill(program(), images(), None, QUICK, folder=Path(sys.argv[2]), resume=True)
 torch.save(net.student.state_dict(), sys.argv[3])

@@ -8,7 +8,7 @@ from torch import nn
 
 from anncvt.data import Images
 from anncvt.errors import AnncvtError
-from anncvt.evaluate import evaluate
+from anncvt.evaluation import evaluate
 from anncvt.program import Preprocess
 
 PREPROCESS = Preprocess((1, 1, 12), (0.0,), (1 / 255,))

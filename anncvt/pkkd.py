@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anncvt.errors import AnncvtError
-from anncvt.evaluate import evaluate
+from anncvt.evaluation import evaluate
 from anncvt.features import FEATURE_LOSSES, FeatureLoss
 from anncvt.files import atomic_path
 from anncvt.images import augment, normalise

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
 from anncvt.errors import AnncvtError
 from anncvt.images import Images
+from anncvt.modes import eval_mode
 from anncvt.program import Preprocess
 from anncvt.progress import SILENT, Progress
 
@@ -38,7 +36,7 @@ def evaluate(
     parameter = next(iter(network.parameters()), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     top1 = top5 = 0
-    with _eval_mode(network), progress.task("evaluating", len(images)) as task:
+    with eval_mode(network), progress.task("evaluating", len(images)) as task:
         for indices in torch.arange(len(images)).split(batch_size):
             logits = _forward(network, images.batch(indices, preprocess).to(device), images.name)
             labels = images.labels[indices].to(device)
@@ -48,18 +46,6 @@ def evaluate(
             top5 += int(best.any(dim=1).sum())
             task.advance(len(indices))
     return {"top1": 100 * top1 / len(images), "top5": 100 * top5 / len(images)}
-
-
-@contextlib.contextmanager
-def _eval_mode(network: nn.Module) -> Iterator[None]:
-    """Eval mode inside; outside every module in the mode it had (a frozen BatchNorm stays frozen)."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _forward(network: nn.Module, batch: Tensor, name: str) -> Tensor:

@@ -104,12 +104,8 @@ def distill(
     """
     if train.labels is None:
         raise AnncvtError("the images have no labels", where=train.name, fix="distillation needs a labelled data set")
-    if len(train) < config.batch_size:
-        raise AnncvtError(
-            f"{len(train)} training images are fewer than a batch of {config.batch_size}",
-            where=train.name,
-            fix="lower --batch-size or raise --limit",
-        )
+    if len(train) < 2:
+        raise AnncvtError(f"{len(train)} training images", where=train.name, fix="raise --limit, or name more data")
     run = _Training(program, train, config, Path(folder))
     if resume:
         run.restore()
@@ -138,7 +134,8 @@ class _Training:
         # The program keeps the original CNN: accuracy is always reported against that one.
         self.teacher = copy.deepcopy(program.teacher)
         self.teaching_pairs = [self.teacher.get_submodule(pair.name) for pair in self.paired]
-        self.steps_per_epoch = len(train) // config.batch_size
+        self.batch_size = min(config.batch_size, len(train))
+        self.steps_per_epoch = len(train) // self.batch_size
         self.step = 0
         self.earlier_seconds = 0.0
         self.begin = time.monotonic()
@@ -248,7 +245,7 @@ class _Training:
         """The images of this step: a function of seed and step alone."""
         epoch, at = divmod(self.step, self.steps_per_epoch)
         order = torch.randperm(len(self.images), generator=_generator(self.config.seed, epoch))
-        chosen = order[at * self.config.batch_size : (at + 1) * self.config.batch_size]
+        chosen = order[at * self.batch_size : (at + 1) * self.batch_size]
         pixels = self.images.pixels[chosen]
         if self.config.augment:
             pad = max(1, pixels.shape[-1] // 8)

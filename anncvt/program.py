@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,11 @@ class Source:
     arch_args: dict[str, Any] = field(default_factory=dict)
     arch_path: str | None = None  # folder in which "module" was found, when it is not importable as installed
     sha256: str | None = None  # of the checkpoint file
+
+    @property
+    def name(self) -> str:
+        """``model`` without folders: what may be told to others."""
+        return re.split(r"[/\\]", self.model)[-1]
 
 
 @dataclass(frozen=True)

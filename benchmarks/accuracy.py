@@ -27,6 +27,9 @@ from anncvt.evaluation import evaluate
 from anncvt.passes.calibrate import CalibrationConfig, calibrate
 from anncvt.passes.pairing import pairs
 from anncvt.passes.rewrite import rewrite
+from anncvt.program import Program
+from anncvt.progress import Progress
+from anncvt.terminal import reporter
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DIGITS = {"input_size": (1, 16, 16), "mean": (0.5,), "std": (0.5,)}

@@ -47,8 +47,8 @@ class CalibrationConfig:
     layer_share: float = 0.4  # of a time budget
     joint_steps: int = 600
     batch_size: int = 64
-    lr: float = 1e-3  # Adam, of everything but adder weights
-    weight_lr: float = 0.01  # Adam, of adder weights, relative to the standard deviation of each layer's input
+    lr: float = 3e-4  # Adam, of everything but adder weights
+    weight_lr: float = 0.003  # Adam, of adder weights, relative to the standard deviation of each layer's input
     temperature: float = 2.0
     feature_weight: float = 1.0
     augment: bool = True

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from anncvt.errors import AnncvtError
+from anncvt.modes import eval_mode
 
 #: Convolutions that are called as functions, by what torch calls them.
 FUNCTIONAL: dict[Any, str] = {
@@ -102,18 +102,6 @@ def _required_inputs(network: nn.Module) -> list[str]:
     parameters = inspect.signature(network.forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind in positional]
-
-
-@contextlib.contextmanager
-def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode, each put back into its own mode afterwards."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class _Watch(TorchFunctionMode):

@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from anncvt.passes.observe import eval_mode
+from anncvt.modes import eval_mode
 
 
 @dataclass(frozen=True)

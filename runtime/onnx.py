@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -95,7 +94,7 @@ def metadata(program: Program) -> dict[str, str]:
     found = versions()
     entries: dict[str, Any] = {
         "version": found.get("anncvt", "unknown"),
-        "source": re.split(r"[/\\]", program.source.model)[-1],
+        "source": program.source.name,
         "preprocess": asdict(program.preprocess),
         "versions": {name: found[name] for name in ("torch", "onnx") if name in found},
     }

@@ -54,7 +54,7 @@ def compile(
     """
     if program.student is None:
         raise AnncvtError("there is no student network yet", where="compile", fix="run `anncvt convert` first")
-    about = {"model": program.source.model, "arch": program.source.arch, "classes": program.classes}
+    about = {"model": program.source.name, "arch": program.source.arch, "classes": program.classes}
     return compile_network(
         program.student, program.preprocess, path, target=target, batch=batch, about=about, progress=progress
     )

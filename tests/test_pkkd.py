@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from networks import Residual
+from recorder import Recorder
 
 from anncvt.errors import AnncvtError
 from anncvt.evaluation import evaluate
@@ -82,31 +83,13 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bits(tmp_path, config, at)
     class Stop(Exception):
         pass
 
-    class Bomb:
-        """Raises in the middle of step ``at``, before its checkpoint."""
-
-        def __init__(self):
-            self.steps = 0
-
-        def task(self, description, total):
-            return self
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *rest):
-            return None
-
-        def advance(self, amount=1, **metrics):
-            self.steps += amount
-            if self.steps == at:
-                raise Stop
-
-        def note(self, message):
-            return None
+    def bomb(steps):
+        """In the middle of step ``at``, before its checkpoint."""
+        if steps == at:
+            raise Stop
 
     with pytest.raises(Stop):
-        distill(program(), images(), None, config, folder=tmp_path / "cut", progress=Bomb())
+        distill(program(), images(), None, config, folder=tmp_path / "cut", progress=Recorder(bomb))
     resumed = distill(program(), images(), None, config, folder=tmp_path / "cut", resume=True)
     expected, got = weights(undisturbed), weights(resumed)
     assert all(torch.equal(value, got[name]) for name, value in expected.items())
@@ -186,5 +169,10 @@ def test_settings_that_cannot_work_are_named(changes, message):
 def test_data_that_cannot_teach_is_named(tmp_path):
     with pytest.raises(AnncvtError, match="no labels"):
         distill(program(), dataclasses.replace(images(), labels=None), None, QUICK, folder=tmp_path)
-    with pytest.raises(AnncvtError, match="fewer than a batch"):
-        distill(program(), images(8), None, QUICK, folder=tmp_path)
+    with pytest.raises(AnncvtError, match="1 training images"):
+        distill(program(), images(1), None, QUICK, folder=tmp_path)
+
+
+def test_a_batch_is_never_larger_than_the_data(tmp_path):
+    distill(program(), images(8), None, QUICK, folder=tmp_path)
+    assert json.loads((tmp_path / LOG).read_text().splitlines()[-1])["step"] == QUICK.epochs

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import Awkward, Mobile, Residual
+from recorder import Recorder
 
 from anncvt.errors import AnncvtError
 from anncvt.images import Images, normalise
@@ -99,30 +100,11 @@ def test_a_budget_is_kept_and_its_steps_recorded():
 
 
 def test_progress_names_layers_and_their_fit():
-    seen = []
-
-    class Recorder:
-        def task(self, description, total):
-            self.total = total
-            return self
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *rest):
-            return None
-
-        def advance(self, amount=1, **metrics):
-            seen.append((amount, metrics))
-
-        def note(self, message):
-            raise AssertionError(message)
-
-    program = _program(Residual())
-    calibrate(program, _images(), config=QUICK, progress=Recorder())
-    layers = {metrics["layer"] for _, metrics in seen if "layer" in metrics}
+    recorder, program = Recorder(), _program(Residual())
+    calibrate(program, _images(), config=QUICK, progress=recorder)
+    layers = {metrics["layer"] for _, metrics in recorder.steps if "layer" in metrics}
     assert layers == {pair.name for pair in pairs(program)}
-    assert sum(amount for amount, _ in seen) == len(layers) + QUICK.joint_steps
+    assert recorder.done == len(layers) + QUICK.joint_steps
 
 
 def test_no_images_and_no_rewrite_are_named():

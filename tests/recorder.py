@@ -1,0 +1,31 @@
+"""A progress that remembers what it was told."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+
+class Recorder:
+    """Every ``advance`` as (amount, metrics); ``on_advance`` sees the sum so far and may raise."""
+
+    def __init__(self, on_advance: Callable[[float], object] = lambda done: None) -> None:
+        self.steps: list[tuple[float, dict]] = []
+        self.totals: list[float | None] = []
+        self.on_advance = on_advance
+
+    @property
+    def done(self) -> float:
+        return sum(amount for amount, _ in self.steps)
+
+    @contextlib.contextmanager
+    def task(self, description, total):
+        self.totals.append(total)
+        yield self
+
+    def advance(self, amount=1, **metrics):
+        self.steps.append((amount, metrics))
+        self.on_advance(self.done)
+
+    def note(self, message):
+        raise AssertionError(message)

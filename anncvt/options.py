@@ -162,9 +162,9 @@ def reading(command: Command) -> Command:
 def training(command: Command) -> Command:
     """Hyper-parameters of distillation."""
     return _all(
-        click.option("--epochs", type=click.IntRange(1), help="Epochs of distillation."),
-        click.option("--batch-size", type=click.IntRange(2), help="Images a training step."),
-        click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate."),
+        click.option("--epochs", type=click.IntRange(1), help="Epochs of distillation.  [default: 1]"),
+        click.option("--batch-size", type=click.IntRange(2), help="Images a training step.  [default: 128]"),
+        click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.  [default: 0.01]"),
     )(command)
 
 

@@ -44,11 +44,11 @@ class CalibrationConfig:
     """Hyper-parameters; the defaults are what measured best (benchmarks/RESULTS.md)."""
 
     layer: LayerFit = field(default_factory=LayerFit)
-    layer_share: float = 0.4  # of a time budget
-    joint_steps: int = 600
+    layer_share: float = 0.6  # of a time budget
+    joint_steps: int = 300
     batch_size: int = 64
     lr: float = 3e-4  # Adam, of everything but adder weights
-    weight_lr: float = 0.003  # Adam, of adder weights, relative to the standard deviation of each layer's input
+    weight_lr: float = 0.001  # Adam, of adder weights, relative to the standard deviation of each layer's input
     temperature: float = 2.0
     feature_weight: float = 1.0
     augment: bool = True

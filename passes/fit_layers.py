@@ -27,7 +27,7 @@ _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 class LayerFit:
     """How one layer is fitted; the defaults are what measured best (benchmarks/RESULTS.md)."""
 
-    steps: int = 300
+    steps: int = 600
     positions: int = 16384  # output pixels per step: the cost of a step, whatever the size of the maps
     weight_lr: float = 0.1  # relative to the standard deviation of the layer's input
     norm_lr: float = 0.01

@@ -65,18 +65,3 @@ def outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Te
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def detached_inputs(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Cut the gradient in front of each module, so that every one of them learns from its own loss only."""
-
-    def cut(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(value.detach() for value in inputs)
-
-    handles = [module.register_forward_pre_hook(cut) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

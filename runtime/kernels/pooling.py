@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,12 +85,3 @@ def build(spec: Pool) -> tirx.PrimFunc:
 
     shape = (spec.batch, depth, height, width, LANES)
     return function({"x": shape, "y": spec.out_shape}, body)
-
-
-def pooled_size(spec_size: int, kernel: int, stride: int, padding: int, dilation: int, ceil: bool) -> int:
-    """Output extent of a pooling window, torch's rule: with ``ceil`` the last window must begin inside the image."""
-    span = spec_size + 2 * padding - dilation * (kernel - 1) - 1
-    out = (math.ceil(span / stride) if ceil else span // stride) + 1
-    if ceil and (out - 1) * stride >= spec_size + padding:
-        out -= 1
-    return out

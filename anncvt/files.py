@@ -26,7 +26,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())  # last: some writers put a private file of their own there
+        os.chmod(temporary, 0o666 & ~umask())  # last: some writers put a private file of their own there
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
         os.replace(temporary, target)
@@ -48,7 +48,8 @@ def write_text(target: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permission bits that new files of this process lack."""
     current = os.umask(0)
     os.umask(current)
     return current

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anncvt.errors import AnncvtError
-from anncvt.files import atomic_path, write_text
+from anncvt.files import atomic_path, umask, write_text
 from anncvt.loading import build
 from anncvt.program import FORMAT, Plan, Preprocess, Program, Record, Source
 from anncvt.state_dict import load_strict
@@ -171,18 +171,12 @@ def _scratch_beside(target: Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
-        scratch.chmod(0o777 & ~_umask())
+        scratch.chmod(0o777 & ~umask())
         return scratch
     except OSError as error:
         raise AnncvtError(
             f"cannot write: {error.strerror or error}", where=str(target), fix="choose a writable place with -o"
         ) from error
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _damaged(file: Path, detail: str) -> AnncvtError:

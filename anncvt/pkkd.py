@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from anncvt.errors import AnncvtError
 from anncvt.evaluation import evaluate
@@ -33,7 +33,7 @@ from anncvt.files import atomic_path
 from anncvt.images import augment, normalise
 from anncvt.optim import adaptive_adder_step
 from anncvt.passes.objectives import divergence
-from anncvt.passes.pairing import outputs_of, pairs
+from anncvt.passes.pairing import gradients, outputs_of, pairs
 from anncvt.passes.schedule import cosine, set_rates
 from anncvt.program import Program
 from anncvt.progress import SILENT, Progress, Task
@@ -177,42 +177,34 @@ class _Training:
         total = self.config.epochs * self.steps_per_epoch
         saved = time.monotonic()
         accuracy: dict[str, Any] = {}
-        for pair in self.paired:
-            pair.adder.gradient = self.config.gradient
-        outputs_at = [pair.adder for pair in self.paired] + self.teaching_pairs
-        with outputs_of(outputs_at if self.features is not None else []) as outputs:
+        with gradients(self.paired, self.config.gradient):
             while self.step < total:
                 self._train_mode()
-                terms = self._step(outputs, cosine(self.step, total, warmup=0.02))
+                terms = self._step(cosine(self.step, total, warmup=0.02))
                 self.step += 1
                 task.advance(1, **terms, **accuracy)
                 if self.step % self.steps_per_epoch == 0 and test is not None:
-                    for kept in outputs.values():
-                        kept.clear()
                     accuracy = {**evaluate(self.student, test, self.program.preprocess)}
-                    for kept in outputs.values():
-                        kept.clear()
                 if self.step % self.steps_per_epoch == 0 or self.step % 50 == 0:
                     self._log({"step": self.step, "epoch": self.step / self.steps_per_epoch, **terms, **accuracy})
                 if self.step < total and time.monotonic() - saved > self.config.checkpoint_seconds:
                     self.save()
                     saved = time.monotonic()
-        for pair in self.paired:
-            pair.adder.gradient = "full"
         self.student.eval()
         return accuracy
 
-    def _step(self, outputs: dict[nn.Module, list[Tensor]], factor: float) -> dict[str, float]:
+    def _step(self, factor: float) -> dict[str, float]:
         """One optimizer step of both networks; returns the terms of the loss."""
         config = self.config
-        for kept in outputs.values():
-            kept.clear()
         for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
             set_rates(optimizer, peaks, factor)
         x, labels = self._batch()
-        with torch.set_grad_enabled(self.teacher_optimizer is not None):
-            wanted = self.teacher(x)
-        got = self.student(x)
+        compared = [] if self.features is None else [pair.adder for pair in self.paired] + self.teaching_pairs
+        # Only around these two passes: an evaluation inside would keep the outputs of all test images.
+        with outputs_of(compared) as outputs:
+            with torch.set_grad_enabled(self.teacher_optimizer is not None):
+                wanted = self.teacher(x)
+            got = self.student(x)
         terms = {
             "ce": F.cross_entropy(got, labels),
             "kd": config.alpha * divergence(got, wanted.detach(), config.temperature),

@@ -26,7 +26,7 @@ from anncvt.images import augment, normalise
 from anncvt.passes.fit_layers import LayerFit, fit_layers
 from anncvt.passes.initialise import initialise
 from anncvt.passes.objectives import divergence, unexplained
-from anncvt.passes.pairing import Pair, outputs_of, pairs
+from anncvt.passes.pairing import Pair, gradients, outputs_of, pairs
 from anncvt.passes.schedule import cosine, set_rates, steps_within
 from anncvt.passes.trace import trace
 from anncvt.program import Plan, Program
@@ -86,15 +86,12 @@ def calibrate(
     config = replace(config, batch_size=_batch_size(config.batch_size, plan, len(images)))
     run = _Calibration(program, student, paired, images, config, torch.Generator().manual_seed(seed), progress)
     deadline = None if budget is None else begin + budget
-    for pair in paired:
-        pair.adder.gradient = "exact"
     try:
-        fitted = run.fit_layers(plan, deadline)
-        steps = run.fit_jointly(deadline)
-        run.refresh_statistics()
+        with gradients(paired, "exact"):
+            fitted = run.fit_layers(plan, deadline)
+            steps = run.fit_jointly(deadline)
+            run.refresh_statistics()
     finally:
-        for pair in paired:
-            pair.adder.gradient = "full"
         student.eval()
     metrics = {
         "data": images.name,
@@ -167,31 +164,27 @@ class _Calibration:
         peaks = [group["lr"] for group in optimizer.param_groups]
         batches = self._batches()
         self._train_mode()
-        ends = [pair.conv_end for pair in self.paired] + [pair.adder_end for pair in self.paired]
-        with outputs_of(ends) as outputs:
 
-            def step(factor: float) -> float:
-                set_rates(optimizer, peaks, factor)
-                for kept in outputs.values():
-                    kept.clear()
-                loss = self._loss(self._batch(next(batches), config.augment), outputs)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                return float(loss.detach())
+        def step(factor: float) -> float:
+            set_rates(optimizer, peaks, factor)
+            loss = self._loss(self._batch(next(batches), config.augment))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return float(loss.detach())
 
-            steps = config.joint_steps
-            if deadline is not None:
-                steps = steps_within(deadline - time.monotonic(), lambda: step(0.0))
-            with self.progress.task("fit jointly", steps) as task:
-                for at in range(steps):
-                    loss = step(cosine(at, steps))
-                    if not math.isfinite(loss):
-                        raise AnncvtError(
-                            f"calibration diverged: the loss is {loss} at step {at + 1} of {steps}",
-                            fix="use images like those the network was trained on, and check --mean and --std",
-                        )
-                    task.advance(1, loss=loss, r2=sum(self.r2.values()) / len(self.r2))
+        steps = config.joint_steps
+        if deadline is not None:
+            steps = steps_within(deadline - time.monotonic(), lambda: step(0.0))
+        with self.progress.task("fit jointly", steps) as task:
+            for at in range(steps):
+                loss = step(cosine(at, steps))
+                if not math.isfinite(loss):
+                    raise AnncvtError(
+                        f"calibration diverged: the loss is {loss} at step {at + 1} of {steps}",
+                        fix="use images like those the network was trained on, and check --mean and --std",
+                    )
+                task.advance(1, loss=loss, r2=sum(self.r2.values()) / len(self.r2))
         return steps
 
     @torch.no_grad()
@@ -208,10 +201,12 @@ class _Calibration:
             handle.remove()
         return spread
 
-    def _loss(self, x: Tensor, outputs: dict[nn.Module, list[Tensor]]) -> Tensor:
-        with torch.no_grad():
-            wanted = self.program.teacher(x)
-        got = self.student(x)
+    def _loss(self, x: Tensor) -> Tensor:
+        ends = [pair.conv_end for pair in self.paired] + [pair.adder_end for pair in self.paired]
+        with outputs_of(ends) as outputs:
+            with torch.no_grad():
+                wanted = self.program.teacher(x)
+            got = self.student(x)
         missed = {pair.name: unexplained(outputs[pair.adder_end][0], outputs[pair.conv_end][0]) for pair in self.paired}
         self.r2 = {name: 1 - float(share.detach()) for name, share in missed.items()}
         features = self.config.feature_weight * torch.stack(list(missed.values())).mean()

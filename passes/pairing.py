@@ -53,7 +53,7 @@ def pairs(program: Program) -> list[Pair]:
 
 @contextlib.contextmanager
 def outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Tensor]]]:
-    """Record what each module returns; a module that is called twice has two entries. Clear between passes."""
+    """Record what each module returns inside the block; a module that is called twice has two entries."""
     kept: dict[nn.Module, list[Tensor]] = {module: [] for module in modules}
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -65,3 +65,16 @@ def outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Te
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def gradients(paired: Iterable[Pair], kind: str) -> Iterator[None]:
+    """The adders' ``gradient`` inside the block ("full" or "exact"); outside, what it was."""
+    before = [(pair.adder, pair.adder.gradient) for pair in paired]
+    for adder, _ in before:
+        adder.gradient = kind
+    try:
+        yield
+    finally:
+        for adder, gradient in before:
+            adder.gradient = gradient

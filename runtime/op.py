@@ -6,6 +6,7 @@ A ``torch.library`` op and not a plain ``autograd.Function``: the latter is inli
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -48,8 +49,7 @@ def adder2d(
     """
     _check(x, weight, groups, gradient)
     a, b = _compute(x, weight)
-    run = kernels.forward if kernels.usable(a) else fallback.forward
-    return _like(run(a, b, stride, padding, dilation, groups), x)
+    return _like(_implementation(a).forward(a, b, stride, padding, dilation, groups), x)
 
 
 @adder2d.register_fake
@@ -76,16 +76,14 @@ def adder2d_backward(
     g, a = grad.to(_compute_dtype(x)), x.to(_compute_dtype(x))
     w = weight.to(a.dtype)
     config = (stride, padding, dilation, groups)
-    compiled = kernels.usable(a)
+    implementation = _implementation(a)
     dx, dw = x.new_empty(0), weight.new_empty(0)
     if need_x:
-        of_input = kernels.input_gradient if compiled else fallback.input_gradient
-        dx = _like(of_input(g, a, w, *config, gradient), x)
+        dx = _like(implementation.input_gradient(g, a, w, *config, gradient), x)
     if need_weight and gradient == "full":
         dw = fallback.full_weight_gradient(g, a, w, *config).to(weight.dtype).contiguous()
     elif need_weight:
-        of_weight = kernels.exact_weight_gradient if compiled else fallback.exact_weight_gradient
-        dw = of_weight(g, a, w, *config).to(weight.dtype).contiguous()
+        dw = implementation.exact_weight_gradient(g, a, w, *config).to(weight.dtype).contiguous()
     return dx, dw
 
 
@@ -132,6 +130,11 @@ def _check(x: Tensor, weight: Tensor, groups: int, gradient: str) -> None:
         )
     if gradient not in GRADIENTS:
         raise ValueError(f"adder2d: gradient must be one of {GRADIENTS}, got {gradient!r}")
+
+
+def _implementation(x: Tensor) -> ModuleType:
+    """Compiled kernels where they take ``x``, plain torch elsewhere; both have the same functions."""
+    return kernels.compiled() if kernels.usable(x) else fallback
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

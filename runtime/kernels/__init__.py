@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -26,44 +26,11 @@ def usable(x: Tensor) -> bool:
     )
 
 
-def forward(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
-) -> Tensor:
-    """See :func:`anncvt.runtime.fallback.forward`."""
+def compiled() -> ModuleType:
+    """The module whose functions stand for those of :mod:`anncvt.runtime.fallback`; imports TVM."""
     from anncvt.runtime.kernels import launch
 
-    return launch.forward(x, weight, stride, padding, dilation, groups)
-
-
-def input_gradient(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    gradient: str,
-) -> Tensor:
-    """See :func:`anncvt.runtime.fallback.input_gradient`."""
-    from anncvt.runtime.kernels import launch
-
-    return launch.input_gradient(grad, x, weight, stride, padding, dilation, groups, gradient)
-
-
-def exact_weight_gradient(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """See :func:`anncvt.runtime.fallback.exact_weight_gradient`."""
-    from anncvt.runtime.kernels import launch
-
-    return launch.exact_weight_gradient(grad, x, weight, stride, padding, dilation, groups)
+    return launch
 
 
 @functools.cache

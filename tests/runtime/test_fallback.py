@@ -13,7 +13,7 @@ from anncvt.runtime import fallback, kernels
 @pytest.fixture(autouse=True)
 def torch_only(monkeypatch):
     monkeypatch.setenv("ANNCVT_KERNELS", "torch")
-    monkeypatch.setattr(kernels, "forward", None)  # called, it would raise
+    monkeypatch.setattr(kernels, "compiled", None)  # called, it would raise
     assert not kernels.usable(torch.zeros(1))
 
 

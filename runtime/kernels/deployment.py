@@ -9,11 +9,8 @@ from typing import Any
 from tvm.target import Target, codegen
 
 from anncvt.errors import AnncvtError
-from anncvt.runtime.kernels.target import host
+from anncvt.runtime.kernels.target import LEVELS, host
 from anncvt.runtime.processor import RELEVANT, architecture
-
-#: Processor levels by name (LLVM's x86-64 levels: every processor of the level runs the code).
-LEVELS = {"avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def _accumulators(machine: str, features: tuple[str, ...]) -> int:
         return 16  # 32 registers of 16, but more sums than this gain nothing
     if machine == "aarch64":
         return 6  # 32 registers of 4
-    return 6 if "avx2" in features else 3  # 16 registers of 8 or 4
+    return 5 if "avx2" in features else 3  # 16 registers of 8 or 4
 
 
 def _unknown(name: str) -> AnncvtError:

@@ -29,7 +29,7 @@ def input_gradient(spec: Spec, cpu: Cpu, scale: float) -> Any:
     ob = L if depthwise else divisor(outputs, 16)
     OB, reduced = outputs // ob, 1 if depthwise else ob
     # A pixel keeps its sum and its value in registers.
-    PT = tile(cols.blocks, max(2, cpu.pixels * 3 // 4))
+    PT = tile(cols.blocks, cpu.clipped)
     wide = -(-cols.blocks // PT)
     WP = wide * PT + cols.high - cols.low
     RB = row_block(rows.blocks, WP * G * outputs * 4)
@@ -123,7 +123,7 @@ def weight_gradient(spec: Spec, cpu: Cpu) -> Any:
     cb = L if depthwise else divisor(C, 16)
     CB, reduced = C // cb, 1 if depthwise else cb
     # Weights and sums of a tile's input channels stay in registers.
-    CT = divisor(reduced, max(2, cpu.pixels * 3 // 4))
+    CT = divisor(reduced, cpu.clipped)
     WP = (OW - 1) * SW + (KW - 1) * DW + 1
     RB = row_block(OH, WP * G * C * 4 * SH)
     blocks = -(-OH // RB)
@@ -166,7 +166,8 @@ def weight_gradient(spec: Spec, cpu: Cpu) -> Any:
                         acc[T.ramp(c * L, 1, L)] = splat(0.0, L)
                         taps[T.ramp(c * L, 1, L)] = splat(0.0, L) - Wp[g, ob, b, kh, kw, ct * CT + c, T.ramp(0, 1, L)]
                     for i in T.serial(T.min(T.int64(RB), OH - (part * n * blocks // parts + item) % blocks * RB)):
-                        for j in T.serial(OW):
+                        # a number the compiler does not know: it would unroll the loop, and run out of registers
+                        for j in T.serial(T.Cast("int32", one) * OW):
                             for c in T.unroll(CT):
                                 acc[T.ramp(c * L, 1, L)] = (
                                     acc[T.ramp(c * L, 1, L)]
@@ -196,16 +197,19 @@ def weight_gradient(spec: Spec, cpu: Cpu) -> Any:
 def _clipped(a: Any, b: Any, index: Any, one: Any, lanes: int, cpu: Cpu) -> Any:
     """``clip(a + b, -1, 1)`` of vectors, spread over both kinds of execution unit.
 
-    AVX-512's range instruction clips at once. It and the addition use the adders while the multiply-adders idle, so
-    every second sum is ``a*one + b``: with a literal 1 the compiler would turn it back into an addition. 39 instead of
-    29 Gop/s a core on Zen 4.
+    Clipping occupies the adders (AVX-512's range instruction as well as a maximum and a minimum) while the
+    multiply-adders idle, so the sum is ``a*one + b`` there: with a literal 1 the compiler would turn it back into an
+    addition. On Zen 4 39 instead of 29 Gop/s a core.
     """
     total = a + b
-    if not (cpu.clip and lanes == 16):
+    if not cpu.fma or lanes not in (8, 16):
         return tirx.min(tirx.max(total, splat(-1.0, lanes)), splat(1.0, lanes))
     fused = T.call_llvm_pure_intrin(
-        T.llvm_lookup_intrinsic_id("llvm.fma.v16f32"), a, T.broadcast(one, lanes), b, dtype="float32x16"
+        T.llvm_lookup_intrinsic_id(f"llvm.fma.v{lanes}f32"), a, T.broadcast(one, lanes), b, dtype=f"float32x{lanes}"
     )
+    if not (cpu.clip and lanes == 16):
+        return tirx.min(tirx.max(fused, T.broadcast(T.float32(0) - one, lanes)), T.broadcast(one, lanes))
+    # One range instruction is half of a maximum and a minimum: every second sum goes to the adders.
     total = T.if_then_else(index % 2 == 0, total, fused)
     smaller_magnitude, all_lanes, current_rounding = T.int32(2), T.int16(-1), T.int32(4)
     return T.call_llvm_pure_intrin(

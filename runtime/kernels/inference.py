@@ -10,7 +10,9 @@ folded into the shift, and one ``max`` and one fused multiply-add remain per tap
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +22,7 @@ from tvm.tirx.script.builder import ir as T
 from anncvt.runtime.kernels.activations import apply, keeps_zero
 from anncvt.runtime.kernels.flat import f32, function, prefetch, store
 from anncvt.runtime.kernels.layer import LANES, Layer, blocks
-from anncvt.runtime.kernels.tiling import Tiling, spans
+from anncvt.runtime.kernels.tiling import WIDE, Tiling
 
 
 def pack(layer: Layer, weight: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -44,7 +46,7 @@ def pack(layer: Layer, weight: np.ndarray, scale: np.ndarray, shift: np.ndarray)
     full[:out, :depth] = weight
     split = full.reshape(lanes // LANES, LANES, -1, width, kh, kw)
     packed = np.ascontiguousarray(split.transpose(0, 2, 4, 5, 3, 1))
-    return packed, _per_lane(scale, lanes), _per_lane(shift, lanes)
+    return packed, np.append(_per_lane(scale, lanes), np.full((1, LANES), 2, np.float32), 0), _per_lane(shift, lanes)
 
 
 def _per_lane(values: np.ndarray, lanes: int) -> np.ndarray:
@@ -68,8 +70,7 @@ class _Tile(NamedTuple):
 
     top: Any
     left: Any
-    tall: int
-    wide: int
+    index: Any
 
 
 class _Kernel:
@@ -94,13 +95,14 @@ class _Kernel:
         # Input blocks that one output block sees.
         self.depth = layer.in_channels // layer.groups
         self.dense_blocks = self.depth // LANES if layer.groups > 1 else self.in_blocks
+        self.seen = 1 if layer.per_lane else self.dense_blocks
         self.sums = layer.form == "max"
         self.sum_groups = layer.groups if self.sums else 1
 
     def function(self) -> tirx.PrimFunc:
         layer = self.layer
         shapes = {"x": layer.in_shape, "weight": self._weight_shape()}
-        shapes |= dict.fromkeys(("scale", "shift"), (self.out, LANES))
+        shapes |= {"scale": (self.out + 1, LANES), "shift": (self.out, LANES)}
         shapes |= dict.fromkeys(("residual", "y") if layer.residual else ("y",), layer.out_shape)
         return function(shapes, self._body)
 
@@ -181,38 +183,83 @@ class _Kernel:
 
     def _output_block(self, image: Any, row: Any, o: Any, source: Any, base: Any, sums: Any) -> None:
         """All pixels of a work item for the 16 output channels ``o``."""
-        cut = self.cut
-        rows, width = (1, cut.rows * self.width) if self.layer.pointwise else (cut.rows, self.width)
-        for (y0, tall_tiles, tall), (x0, wide_tiles, wide) in itertools.product(
-            spans(rows, cut.height), spans(width, cut.width)
-        ):
-            with T.serial(tall_tiles) as i, T.serial(wide_tiles) as j:
-                tile = _Tile(y0 + i * tall, x0 + j * wide, tall, wide)
-                accumulator = T.alloc_buffer((tall * wide * LANES,), "float32", scope="local")
-                with T.unroll(tall * wide) as p, T.vectorized(LANES) as lane:
-                    T.buffer_store(accumulator, f32(0), [p * LANES + lane])
-                if self.residual is not None:
-                    start = self._pixel(image, row, o, tile)
-                    with T.unroll(tall) as p, T.unroll(wide) as q:
-                        prefetch(self.residual, start + (p * self.width + q) * LANES)
-                        prefetch(self.y, start + (p * self.width + q) * LANES, write=True)
-                self._taps(accumulator, o, source, base, tile)
-                self._epilogue(accumulator, image, row, o, sums, tile)
+        if self.cut.depth < self.seen:
+            self._in_passes(image, row, o, source, base, sums)
+            return
+        with self._tiles() as tile:
+            accumulator = self._accumulator(lambda at: f32(0))
+            self._expect(image, row, o, tile)
+            self._taps(accumulator, o, source, base, tile, 0, self.seen)
+            self._epilogue(accumulator, 0, image, row, o, sums, tile)
+
+    def _in_passes(self, image: Any, row: Any, o: Any, source: Any, base: Any, sums: Any) -> None:
+        """The same, a few input blocks at a time: their weights stay in the first-level cache for all pixels."""
+        depth, size = self.cut.depth, self.cut.height * self.cut.width * LANES
+        partial = T.alloc_buffer((math.prod(self._tile_counts()) * size,), "float32")
+        with T.serial(math.prod(self._tile_counts()) * size // LANES) as pixel:
+            store(partial, pixel * LANES, f32(0))
+        with T.serial(-(-self.seen // depth)) as step, self._tiles() as tile:
+            accumulator = self._accumulator(lambda at: partial[tile.index * size + at])
+            self._taps(accumulator, o, source, base, tile, step * depth, tirx.min(depth, self.seen - step * depth))
+            with self._lanes() as (at, _):
+                T.buffer_store(partial, accumulator[at], [tile.index * size + at])
+        with self._tiles() as tile:
+            self._epilogue(partial, tile.index * size, image, row, o, sums, tile)
+
+    def _grid(self) -> tuple[int, int]:
+        """Rows and columns of a work item's output; a 1x1 window sees one long row."""
+        return (1, self.cut.rows * self.width) if self.layer.pointwise else (self.cut.rows, self.width)
+
+    def _tile_counts(self) -> tuple[int, int]:
+        (rows, width), cut = self._grid(), self.cut
+        return -(-rows // cut.height), -(-width // cut.width)
+
+    @contextlib.contextmanager
+    def _tiles(self) -> Iterator[_Tile]:
+        """Opens the loops over the tiles of a work item. All have one size: the last one may overlap its neighbour."""
+        (rows, width), cut, (tall, wide) = self._grid(), self.cut, self._tile_counts()
+        with T.serial(tall) as i, T.serial(wide) as j:
+            top = tirx.min(i * cut.height, rows - cut.height) if rows % cut.height else i * cut.height
+            left = tirx.min(j * cut.width, width - cut.width) if width % cut.width else j * cut.width
+            yield _Tile(top, left, i * wide + j)
+
+    @contextlib.contextmanager
+    def _lanes(self) -> Iterator[tuple[Any, Any]]:
+        """Opens the loops over the sums of a tile: where one is kept, and where in ``y``, from the tile on, it goes."""
+        with T.unroll(self.cut.height) as i, T.unroll(self.cut.width) as j, T.vectorized(LANES) as lane:
+            yield (i * self.cut.width + j) * LANES + lane, (i * self.width + j) * LANES + lane
+
+    def _accumulator(self, begin: Callable[[Any], Any]) -> Any:
+        """Registers for the sums of a tile; sum ``at`` begins as ``begin(at)``."""
+        accumulator = T.alloc_buffer((self.cut.height * self.cut.width * LANES,), "float32", scope="local")
+        with self._lanes() as (at, _):
+            T.buffer_store(accumulator, begin(at), [at])
+        return accumulator
 
     def _pixel(self, image: Any, row: Any, o: Any, tile: _Tile) -> Any:
         """Where the tile begins in ``y`` and in the residual."""
         return (((image * self.out + o) * self.height + row + tile.top) * self.width + tile.left) * LANES
 
-    def _taps(self, accumulator: Any, o: Any, source: Any, base: Any, tile: _Tile) -> None:
+    def _expect(self, image: Any, row: Any, o: Any, tile: _Tile) -> None:
+        """Ask for the cache lines that the epilogue will read and write."""
+        if self.residual is None:
+            return
+        start = self._pixel(image, row, o, tile)
+        with T.unroll(self.cut.height) as p, T.unroll(self.cut.width) as q:
+            prefetch(self.residual, start + (p * self.width + q) * LANES)
+            prefetch(self.y, start + (p * self.width + q) * LANES, write=True)
+
+    def _taps(self, accumulator: Any, o: Any, source: Any, base: Any, tile: _Tile, first: Any, count: Any) -> None:
+        """Add the taps of ``count`` input blocks from ``first``."""
         layer = self.layer
         kh, kw = layer.kernel
         reduced = self.depth if layer.per_lane else self.cells
-        seen = 1 if layer.per_lane else self.dense_blocks
         of_group = 0 if layer.groups == 1 or layer.per_lane else self._group(o) * self.dense_blocks
-        panel = seen * kh * kw * reduced * LANES
-        with T.serial(seen) as b, T.serial(kh) as r, T.serial(kw) as s:
+        panel = self.seen * kh * kw * reduced * LANES
+        with T.serial(count) as step, T.serial(kh) as r, T.serial(kw) as s:
+            b = first + step
             weights = o * panel + ((b * kh + r) * kw + s) * reduced * LANES
-            if self.out * panel * 4 > STREAM_BYTES:
+            if self.cut.height * self.cut.width >= WIDE and self.out * panel * 4 > STREAM_BYTES:
                 with T.unroll(reduced) as c:
                     prefetch(self.weight, weights + panel + c * LANES)
             origin = base + ((tile.top * self.stride[0] + r * layer.dilation[0]) * self.in_width) * self.cells
@@ -221,14 +268,14 @@ class _Kernel:
                 origin = origin + (of_group + b) * self.plane
             with (
                 T.serial(reduced) as c,
-                T.unroll(tile.tall) as i,
-                T.unroll(tile.wide) as j,
+                T.unroll(self.cut.height) as i,
+                T.unroll(self.cut.width) as j,
                 T.vectorized(LANES) as lane,
             ):
                 pixel = origin + (i * self.stride[0] * self.in_width + j * self.stride[1]) * self.cells
                 x = source[pixel + (self._own_channel(o, lane, c) if layer.per_lane else c)]
                 w = self.weight[weights + c * LANES + lane]
-                at = (i * tile.wide + j) * LANES + lane
+                at = (i * self.cut.width + j) * LANES + lane
                 T.buffer_store(accumulator, accumulator[at] + self._tap(x, w), [at])
 
     def _group(self, o: Any) -> Any:
@@ -250,13 +297,13 @@ class _Kernel:
             return tirx.abs(x - w)
         # The broadcast pixel must come second: LLVM folds it into vmaxps only there. Times 2 makes the accumulation a
         # fused multiply-add, which leaves the adders of the CPU to the maximum.
-        return tirx.max(w, x) * f32(2)
+        return tirx.max(w, x) * self.scale[self.out * LANES]
 
-    def _epilogue(self, accumulator: Any, image: Any, row: Any, o: Any, sums: Any, tile: _Tile) -> None:
+    def _epilogue(self, source: Any, begin: Any, image: Any, row: Any, o: Any, sums: Any, tile: _Tile) -> None:
         layer = self.layer
         start = self._pixel(image, row, o, tile)
-        with T.unroll(tile.tall) as i, T.unroll(tile.wide) as j, T.vectorized(LANES) as lane:
-            total = accumulator[(i * tile.wide + j) * LANES + lane]
+        with T.unroll(self.cut.height) as i, T.unroll(self.cut.width) as j, T.vectorized(LANES) as lane:
+            total = source[begin + (i * self.cut.width + j) * LANES + lane]
             if sums is not None:
                 group = 0 if layer.groups == 1 else self._group(o)
                 at = (group * self.in_rows + (tile.top + i) * self.stride[0]) * self.width + tile.left + j

@@ -33,7 +33,7 @@ def forward(
         packed = _pack_outputs(weight, spec)
         # The sum of the weights of each filter, in the order of the outputs.
         sums = packed.sum((2, 3, 4, 5)).view(-1)
-        _call(spec, _nhwc(x), packed, sums, y)
+        _call(spec, _nhwc(x), packed, sums, 2.0, y)
     return _unpad(y, weight.shape[0], 1 if spec.depthwise else groups)
 
 

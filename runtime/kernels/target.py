@@ -6,19 +6,23 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+#: Processor levels by name (LLVM's x86-64 levels: every processor of the level runs the code).
+LEVELS = {"avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+
 
 @dataclass(frozen=True)
 class Cpu:
     """One processor as the kernel generators see it.
 
-    ``lanes`` float32 values fit a vector; a tile accumulates ``pixels`` x ``vectors`` of them in registers; ``fma``
-    says whether a multiply-add costs no more than an add.
+    ``lanes`` float32 values fit a vector; a tile accumulates ``pixels`` x ``vectors`` of them in registers, in gradient
+    kernels ``clipped`` x 1, each with a value beside it; ``fma`` says whether a multiply-add costs no more than an add.
     """
 
     name: str
     lanes: int
     pixels: int
     vectors: int
+    clipped: int
     fma: bool
     clip: bool
     """Whether one instruction clips a vector to [-1, 1] (AVX-512 DQ)."""
@@ -28,6 +32,11 @@ class Cpu:
         import tvm
 
         return tvm.target.Target({"kind": "llvm", "mcpu": self.name})
+
+
+#: 16 registers and explicit broadcasts: 10 sums, two vectors of weights, a broadcast, the constant 2, a temporary.
+#: By level, not by name: for some processors (znver3) LLVM unrolls the inner loops, and spills the sums.
+AVX2 = Cpu(LEVELS["avx2"], lanes=8, pixels=5, vectors=2, clipped=5, fma=True, clip=False)
 
 
 @functools.cache
@@ -45,8 +54,7 @@ def host() -> Cpu:
 
     if has("avx512f"):
         # 32 registers, and a broadcast from memory is free as an operand: one vector of weights, many pixels.
-        return Cpu(name, lanes=16, pixels=16, vectors=1, fma=True, clip=has("avx512dq"))
+        return Cpu(name, lanes=16, pixels=16, vectors=1, clipped=12, fma=True, clip=has("avx512dq"))
     if has("avx2", "fma"):
-        # 16 registers and explicit broadcasts: 12 sums, two vectors of weights, one broadcast, one temporary.
-        return Cpu(name, lanes=8, pixels=6, vectors=2, fma=True, clip=False)
-    return Cpu(name, lanes=4, pixels=6, vectors=1, fma=False, clip=False)
+        return AVX2
+    return Cpu(name, lanes=4, pixels=6, vectors=1, clipped=4, fma=False, clip=False)

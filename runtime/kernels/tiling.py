@@ -10,6 +10,10 @@ from anncvt.runtime.kernels.layer import LANES, Layer, blocks
 
 #: What one core can keep close while it works on an item (half of a usual second-level cache).
 CACHE_BYTES = 512 * 1024
+#: Weights that stay in the first-level cache while a work item passes over them.
+PANEL_BYTES = 8 * 1024
+#: From so many pixels in registers on, a vector of weights is used often enough to come from the second-level cache.
+WIDE = 12
 #: Bytes per cycle that arrive from beyond that cache.
 BANDWIDTH = 12
 #: Bytes per cycle of a pass over data in cache.
@@ -22,12 +26,16 @@ IDLE = {1: 0.5, 2: 0.04, 3: 0.1, 4: 0.02}
 
 @dataclass(frozen=True)
 class Tiling:
-    """``rows`` x ``out_blocks`` is one work item; ``height`` x ``width`` pixels (at most) are summed in registers."""
+    """``rows`` x ``out_blocks`` is one work item; ``height`` x ``width`` pixels (at most) are summed in registers.
+
+    All pixels of the item are done for ``depth`` input blocks before the next blocks' turn.
+    """
 
     rows: int
     out_blocks: int
     height: int
     width: int
+    depth: int
 
 
 def tiling(layer: Layer, accumulators: int) -> Tiling:
@@ -40,12 +48,12 @@ def tiling(layer: Layer, accumulators: int) -> Tiling:
     return min(options, key=lambda option: option[0])[1]
 
 
-def spans(extent: int, tile: int) -> list[tuple[int, int, int]]:
-    """``extent`` as equal tiles of at most ``tile``, at most two sizes: ``(start, tiles, size)``."""
-    count = -(-extent // tile)
-    small, larger = divmod(extent, count)
-    cut = [(0, larger, small + 1), (larger * (small + 1), count - larger, small)]
-    return [span for span in cut if span[1]]
+def _depth(layer: Layer, accumulators: int) -> int:
+    """Input blocks whose weights for 16 output channels stay in the first-level cache; all, where tiles are large."""
+    seen = blocks(layer.in_channels // layer.groups)
+    if accumulators >= WIDE or layer.per_lane or not layer.blocked:
+        return seen
+    return min(seen, max(1, PANEL_BYTES // (layer.kernel[0] * layer.kernel[1] * LANES * LANES * 4)))
 
 
 def _options(layer: Layer, rows: int, accumulators: int) -> Iterator[tuple[tuple[float, ...], Tiling]]:
@@ -62,6 +70,8 @@ def _options(layer: Layer, rows: int, accumulators: int) -> Iterator[tuple[tuple
     moved += inputs * row_blocks * (out if inputs > CACHE_BYTES else 1)
     # Each item reads its input once more to sum it, or to copy it.
     passes = (layer.form == "max") + layer.copied
+    depth = _depth(layer, accumulators)
+    latency = 8 if accumulators >= WIDE else 4
     for cuts in (1, 2, 4, 8):
         out_blocks = -(-out // cuts)
         items = row_blocks * -(-out // out_blocks)
@@ -70,7 +80,7 @@ def _options(layer: Layer, rows: int, accumulators: int) -> Iterator[tuple[tuple
         for tall in range(1, min(grid[0], accumulators) + 1):
             for wide in range(1, min(grid[1], accumulators // tall) + 1):
                 tiles = -(-grid[0] // tall) * -(-grid[1] // wide)
-                # One operation per pixel and tap, one weight load per tile and tap; latency needs 8 independent sums.
-                per_tap = grid[0] * grid[1] + tiles + max(0, 8 * tiles - grid[0] * grid[1])
+                # One operation per pixel and tap, one weight load per tile and tap; latency needs independent sums.
+                per_tap = tiles * (max(tall * wide, latency) + 1)
                 cycles = (per_tap * taps * out * row_blocks + overhead) * (1 + idle)
-                yield (cycles, tall * wide), Tiling(rows, out_blocks, tall, wide)
+                yield (cycles, tall * wide), Tiling(rows, out_blocks, tall, wide, depth)

@@ -40,7 +40,10 @@ def generate(spec: Spec, cpu: Cpu) -> Any:
 
 
 def _forward(spec: Spec, cpu: Cpu) -> Any:
-    """``(X[n,H,W,G*C], W[G,O/L,C/cb,kh,kw,cb,L], S[G*O], Y[n,H',W',G*O])``; S is the sum of each filter's weights."""
+    """``(X[n,H,W,G*C], W[G,O/L,C/cb,kh,kw,cb,L], S[G*O], two, Y[n,H',W',G*O])``; S is the sum of each filter's weights.
+
+    ``two`` is 2: a constant that the compiler knows is loaded from memory for each use where registers are scarce.
+    """
     G, C, L, (KH, KW) = spec.groups, spec.channels, spec.lanes, spec.kernel
     (SH, SW), (DH, DW), (OH, OW) = spec.stride, spec.dilation, spec.output
     H, W, top, left = spec.height, spec.width, spec.padding.top, spec.padding.left
@@ -57,9 +60,9 @@ def _forward(spec: Spec, cpu: Cpu) -> Any:
     blocks = -(-OH // RB)
     ROWS = (RB - 1) * SH + (KH - 1) * DH + 1
 
-    def update(total, x, w, attempt):
+    def update(total, x, w, attempt, two):
         exact = total + tirx.abs(x - w)
-        fast = total + (tirx.max(w, x) * splat(2.0, L) if fma else tirx.max(w, x))
+        fast = total + (tirx.max(w, x) * T.broadcast(two, L) if fma else tirx.max(w, x))
         return exact if depthwise else T.if_then_else(attempt == 0, fast, exact)
 
     def operand(block, row, channel_block, column, c):
@@ -73,7 +76,7 @@ def _forward(spec: Spec, cpu: Cpu) -> Any:
         return exact if depthwise else T.if_then_else(attempt == 0, fast, exact)
 
     @T.prim_func(s_tir=True)
-    def main(x: T.handle, w: T.handle, s: T.handle, y: T.handle):
+    def main(x: T.handle, w: T.handle, s: T.handle, two: T.float32, y: T.handle):
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
         n = T.int64()
         X = T.match_buffer(x, (n, H, W, G * C), "float32")
@@ -140,6 +143,7 @@ def _forward(spec: Spec, cpu: Cpu) -> Any:
                                             ),
                                             Wp[g, ob * V + v, b, kh, kw, c, T.ramp(0, 1, L)],
                                             attempt,
+                                            two,
                                         )
                         for i in T.unroll(HT):
                             for j in T.unroll(PT):

@@ -29,7 +29,8 @@ fmt: $(VENV)/.dev  ## format and fix what can be fixed
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev  ## time adder layers against convolutions
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/kernels.py forward
+	$(BIN)/python benchmarks/kernels.py training
 
 accuracy: $(VENV)/.dev  ## measure conversions at several budgets
 	$(BIN)/python benchmarks/accuracy.py

@@ -81,7 +81,7 @@ def compile_network(
     functions = {f"batch_{size}": size for size in sizes}
     with progress.task("Compiling", 3) as task:
         shapes = {name: (size, *preprocess.input_size) for name, size in functions.items()}
-        module, classes = lower({n: export(network, s) for n, s in shapes.items()}, deployment.accumulators)
+        module, classes = lower({n: export(network, s) for n, s in shapes.items()}, deployment)
         task.advance()
         manifest = {
             "format": FORMAT,

@@ -124,6 +124,6 @@ def _versions() -> str:
 @functools.cache
 def _sources() -> str:
     here = Path(__file__).parent
-    names = ("training.py", "gradients.py", "tir.py", "spec.py", "target.py", "../geometry.py")
+    names = ("training.py", "gradients.py", "microkernel.py", "tir.py", "spec.py", "target.py", "../geometry.py")
     content = b"".join((here / name).read_bytes() for name in names)
     return hashlib.sha256(content).hexdigest()

@@ -27,6 +27,13 @@ class Deployment:
     accumulators: int
     compiler: str | None  # of the linker for another architecture; None: this machine's
 
+    @property
+    def assembly(self) -> bool:
+        """Whether the innermost loops may be AVX2 code (beyond AVX2, LLVM's are as good)."""
+        return (
+            self.architecture == "x86_64" and {"avx2", "fma"} <= set(self.features) and "avx512f" not in self.features
+        )
+
     @classmethod
     def parse(cls, name: str) -> Deployment:
         """Resolve ``"cpu"`` (this machine), ``"avx2"``, ``"avx512"`` or ``"llvm -mtriple=... -mcpu=... -mattr=..."``.

@@ -11,6 +11,7 @@ from tvm import relax, tirx
 
 from anncvt.runtime.geometry import Padding
 from anncvt.runtime.kernels import elementwise, inference, layout, pooling
+from anncvt.runtime.kernels.deployment import Deployment
 from anncvt.runtime.kernels.fusion import Combination, Convolution, Pending, Value, View
 from anncvt.runtime.kernels.layer import LANES, Layer, blocks
 from anncvt.runtime.kernels.tiling import tiling
@@ -21,11 +22,11 @@ class Emitter:
 
     Args:
         builder: the module's ``BlockBuilder``.
-        accumulators: vectors of 16 sums that the target's registers hold.
+        target: what the kernels are for.
     """
 
-    def __init__(self, builder: relax.BlockBuilder, accumulators: int) -> None:
-        self.builder, self.accumulators = builder, accumulators
+    def __init__(self, builder: relax.BlockBuilder, target: Deployment) -> None:
+        self.builder, self.target = builder, target
         self._kernels: dict[Hashable, Any] = {}
         self._constants: dict[Hashable, Any] = {}
 
@@ -110,10 +111,11 @@ class Emitter:
         packed = inference.pack(layer, source.weight, pending.scale, pending.shift)
         arguments = [x.expr, *(self.constant(array) for array in packed)]
         arguments += self._residual(pending)
-        kernel = self._call(
-            layer, lambda: inference.build(layer, tiling(layer, self.accumulators)), arguments, layer.out_shape
-        )
+        kernel = self._call(layer, lambda: self._kernel(layer), arguments, layer.out_shape)
         return Value(kernel, pending.shape, True)
+
+    def _kernel(self, layer: Layer) -> tirx.PrimFunc:
+        return inference.build(layer, tiling(layer, self.target.accumulators), self.target.assembly)
 
     def _elementwise(self, pending: Pending, source: Combination) -> Value:
         x = self.blocked(source.x)

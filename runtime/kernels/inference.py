@@ -22,6 +22,7 @@ from tvm.tirx.script.builder import ir as T
 from anncvt.runtime.kernels.activations import apply, keeps_zero
 from anncvt.runtime.kernels.flat import f32, function, prefetch, store
 from anncvt.runtime.kernels.layer import LANES, Layer, blocks
+from anncvt.runtime.kernels.microkernel import SUMS, Microkernel
 from anncvt.runtime.kernels.tiling import WIDE, Tiling
 
 
@@ -55,9 +56,12 @@ def _per_lane(values: np.ndarray, lanes: int) -> np.ndarray:
     return full.reshape(-1, LANES)
 
 
-def build(layer: Layer, cut: Tiling) -> tirx.PrimFunc:
-    """The kernel: arguments ``x, weight, scale, shift[, residual], y`` (shapes of :func:`pack` and :class:`Layer`)."""
-    return _Kernel(layer, cut).function()
+def build(layer: Layer, cut: Tiling, assembly: bool = False) -> tirx.PrimFunc:
+    """The kernel: arguments ``x, weight, scale, shift[, residual], y`` (shapes of :func:`pack` and :class:`Layer`).
+
+    ``assembly``: the innermost loops may be AVX2 code (:mod:`anncvt.runtime.kernels.microkernel`).
+    """
+    return _Kernel(layer, cut, assembly).function()
 
 
 #: Weights beyond this stream from memory: those of the next output block are asked for while this one is computed,
@@ -73,10 +77,20 @@ class _Tile(NamedTuple):
     index: Any
 
 
+class _Item(NamedTuple):
+    """A work item: its image and first output row, where its input lies, the patch sums to share."""
+
+    image: Any
+    row: Any
+    source: Any
+    base: Any
+    sums: Any
+
+
 class _Kernel:
     """Builds one PrimFunc. All buffers are addressed flat, so index arithmetic is written once, here."""
 
-    def __init__(self, layer: Layer, cut: Tiling) -> None:
+    def __init__(self, layer: Layer, cut: Tiling, assembly: bool) -> None:
         self.layer, self.cut = layer, cut
         self.height, self.width = layer.out_size
         self.out = blocks(layer.out_channels)
@@ -96,8 +110,29 @@ class _Kernel:
         self.depth = layer.in_channels // layer.groups
         self.dense_blocks = self.depth // LANES if layer.groups > 1 else self.in_blocks
         self.seen = 1 if layer.per_lane else self.dense_blocks
+        self.size = cut.height * cut.width * LANES  # sums of a tile
         self.sums = layer.form == "max"
         self.sum_groups = layer.groups if self.sums else 1
+        self.micro = self._microkernel() if assembly and layer.form in SUMS and not layer.per_lane else None
+
+    def _microkernel(self) -> Microkernel:
+        layer, (kh, kw) = self.layer, self.layer.kernel
+        row = self.in_width * self.cells
+        rows = (kh, layer.dilation[0] * row)
+        connected = layer.dilation[1] == 1  # the columns of a window are neighbours
+        return Microkernel(
+            layer.form,
+            tuple(
+                i * self.stride[0] * row + j * self.stride[1] * self.cells
+                for i in range(self.cut.height)
+                for j in range(self.cut.width)
+            ),
+            (0, LANES // 2),
+            LANES,
+            self.cells * kw if connected else self.cells,
+            (rows,) if connected else (rows, (kw, layer.dilation[1] * self.cells)),
+            self.plane,
+        )
 
     def function(self) -> tirx.PrimFunc:
         layer = self.layer
@@ -110,16 +145,20 @@ class _Kernel:
         cut = self.cut
         self.x, self.weight, self.scale, self.shift = x, weight, scale, shift
         self.residual, self.y = residual, y
-        with T.parallel(self.layer.batch * self.row_blocks * self.out_groups) as item:
+        items = self.layer.batch * self.row_blocks * self.out_groups
+        with self.micro.imported() if self.micro else contextlib.nullcontext(), T.parallel(items) as item:
             image = item // (self.row_blocks * self.out_groups)
             block = item // self.out_groups % self.row_blocks
             group = item % self.out_groups
             row = tirx.min(block * cut.rows, self.height - cut.rows)
             first = tirx.min(group * cut.out_blocks, self.out - cut.out_blocks)
             source, base = self._input(image, row)
-            sums = self._patch_sums(source, base) if self.sums else None
-            with T.serial(cut.out_blocks) as o:
-                self._output_block(image, row, first + o, source, base, sums)
+            sums = T.alloc_buffer((self.sum_groups * self.in_rows * self.width,), "float32") if self.sums else None
+            work = _Item(image, row, source, base, sums)
+            if cut.depth < self.seen:
+                self._in_passes(work, first)
+            else:
+                self._at_once(work, first)
 
     def _weight_shape(self) -> tuple[int, ...]:
         if self.layer.per_lane:
@@ -153,58 +192,80 @@ class _Kernel:
                         T.buffer_store(copy, value, [target + w * self.cells + c])
         return copy, tirx.const(0, "int32")
 
-    def _patch_sums(self, source: Any, base: Any) -> Any:
+    def _patch_sums(self, work: _Item) -> None:
         """``[groups, input rows, output width]``: the sum over channels and kernel columns; kernel rows come later."""
-        layer = self.layer
-        rows = self.in_rows
-        result = T.alloc_buffer((self.sum_groups * rows * self.width,), "float32")
+        if work.sums is None:
+            return
+        layer, rows, source = self.layer, self.in_rows, work.source
         per_group = self.in_blocks // self.sum_groups
+        cells = T.alloc_buffer((self.in_width * self.cells,), "float32")
         line = T.alloc_buffer((self.in_width,), "float32")
         with T.serial(self.sum_groups) as g, T.serial(rows) as h:
+            at = work.base + g * per_group * self.plane + h * self.in_width * self.cells
+            # Row after row as they lie in memory: one pixel through all blocks would touch a page for each.
             with T.serial(self.in_width) as w:
-                lanes = T.alloc_buffer((self.cells,), "float32", scope="local")
-                at = base + g * per_group * self.plane + (h * self.in_width + w) * self.cells
-                vectorised = T.vectorized if self.cells == LANES else T.unroll
-                with vectorised(self.cells) as lane:
-                    T.buffer_store(lanes, f32(0), [lane])
-                with T.serial(per_group) as b, vectorised(self.cells) as lane:
-                    T.buffer_store(lanes, lanes[lane] + source[at + b * self.plane + lane], [lane])
-                half = self.cells // 2
-                while self.cells == LANES and half:  # pairwise: a serial sum of lanes would cost 16 dependent additions
-                    with T.vectorized(half) as lane:
-                        T.buffer_store(lanes, lanes[lane] + lanes[half + lane], [lane])
-                    half //= 2
-                total = lanes[0] if self.cells == LANES else sum((lanes[c] for c in range(1, self.cells)), lanes[0])
-                T.buffer_store(line, total, [w])
+                store(cells, w * self.cells, lambda lane: source[at + w * self.cells + lane], self.cells)
+            with T.serial(per_group - 1) as b, T.serial(self.in_width) as w:
+                own, more = w * self.cells, at + (b + 1) * self.plane + w * self.cells
+                store(cells, own, lambda lane: cells[own + lane] + source[more + lane], self.cells)
+            with T.serial(self.in_width) as w:
+                self._sum_cells(cells, line, w)
             with T.serial(self.width) as w:
                 taps = [line[w * self.stride[1] + k * layer.dilation[1]] for k in range(layer.kernel[1])]
-                T.buffer_store(result, sum(taps[1:], taps[0]), [(g * rows + h) * self.width + w])
-        return result
+                T.buffer_store(work.sums, sum(taps[1:], taps[0]), [(g * rows + h) * self.width + w])
 
-    def _output_block(self, image: Any, row: Any, o: Any, source: Any, base: Any, sums: Any) -> None:
-        """All pixels of a work item for the 16 output channels ``o``."""
-        if self.cut.depth < self.seen:
-            self._in_passes(image, row, o, source, base, sums)
-            return
-        with self._tiles() as tile:
-            accumulator = self._accumulator(lambda at: f32(0))
-            self._expect(image, row, o, tile)
-            self._taps(accumulator, o, source, base, tile, 0, self.seen)
-            self._epilogue(accumulator, 0, image, row, o, sums, tile)
+    def _sum_cells(self, cells: Any, line: Any, w: Any) -> None:
+        """``line[w]``: the sum of the channels stored side by side in ``cells``."""
+        lanes = T.alloc_buffer((self.cells,), "float32", scope="local")
+        store(lanes, 0, lambda lane: cells[w * self.cells + lane], self.cells)
+        half = self.cells // 2
+        while self.cells == LANES and half:  # pairwise: a serial sum of lanes would cost 16 dependent additions
+            with T.vectorized(half) as lane:
+                T.buffer_store(lanes, lanes[lane] + lanes[half + lane], [lane])
+            half //= 2
+        total = lanes[0] if self.cells == LANES else sum((lanes[c] for c in range(1, self.cells)), lanes[0])
+        T.buffer_store(line, total, [w])
 
-    def _in_passes(self, image: Any, row: Any, o: Any, source: Any, base: Any, sums: Any) -> None:
-        """The same, a few input blocks at a time: their weights stay in the first-level cache for all pixels."""
-        depth, size = self.cut.depth, self.cut.height * self.cut.width * LANES
+    def _at_once(self, work: _Item, first: Any) -> None:
+        """One tile after the other, over all its taps."""
+        self._patch_sums(work)
+        memory = T.alloc_buffer((self.size,), "float32") if self.micro else None
+        with T.serial(self.cut.out_blocks) as o, self._tiles() as tile:
+            self._expect(work, first + o, tile)
+            totals = memory if self.micro else self._accumulator(lambda at: f32(0))
+            if not self.micro:
+                self._taps(totals, work, first + o, tile, 0, self.seen)
+            else:
+                self._call(self.micro, totals, 0, work, first + o, tile, 0, self.seen)
+            self._epilogue(totals, 0, work, first + o, tile)
+
+    def _in_passes(self, work: _Item, first: Any) -> None:
+        """A few input blocks at a time for all tiles: their weights stay in the first-level cache."""
+        depth, size = self.cut.depth, self.size
         partial = T.alloc_buffer((math.prod(self._tile_counts()) * size,), "float32")
-        with T.serial(math.prod(self._tile_counts()) * size // LANES) as pixel:
-            store(partial, pixel * LANES, f32(0))
-        with T.serial(-(-self.seen // depth)) as step, self._tiles() as tile:
-            accumulator = self._accumulator(lambda at: partial[tile.index * size + at])
-            self._taps(accumulator, o, source, base, tile, step * depth, tirx.min(depth, self.seen - step * depth))
-            with self._lanes() as (at, _):
-                T.buffer_store(partial, accumulator[at], [tile.index * size + at])
-        with self._tiles() as tile:
-            self._epilogue(partial, tile.index * size, image, row, o, sums, tile)
+        with T.serial(self.cut.out_blocks) as o:
+            with T.serial(-(-self.seen // depth)) as step, self._tiles() as tile:
+                begin, count, place = step * depth, tirx.min(depth, self.seen - step * depth), tile.index * size
+                if self.micro:
+                    self._call(self.micro, partial, place, work, first + o, tile, begin, count)
+                else:
+                    totals = self._accumulator(lambda at: tirx.Select(step == 0, f32(0), partial[place + at]))
+                    self._taps(totals, work, first + o, tile, begin, count)
+                    with self._lanes() as (at, _):
+                        T.buffer_store(partial, totals[at], [place + at])
+            with T.If(o == 0), T.Then():  # by now the input is in the cache
+                self._patch_sums(work)
+            with self._tiles() as tile:
+                self._epilogue(partial, tile.index * size, work, first + o, tile)
+
+    def _call(
+        self, micro: Microkernel, totals: Any, place: Any, work: _Item, o: Any, tile: _Tile, first: Any, count: Any
+    ) -> None:
+        """Add ``count`` input blocks from ``first`` to the sums of ``tile`` in memory; the first of all begin them."""
+        weights, origin = self._block(work, o, tile, first)
+        sums, x, w = (T.address_of(entry) for entry in (totals[place], work.source[origin], self.weight[weights]))
+        fresh = tirx.const(1, "int32") if isinstance(first, int) else first == 0
+        micro.call(sums, x, w, times=count, fresh=fresh)
 
     def _grid(self) -> tuple[int, int]:
         """Rows and columns of a work item's output; a 1x1 window sees one long row."""
@@ -236,36 +297,30 @@ class _Kernel:
             T.buffer_store(accumulator, begin(at), [at])
         return accumulator
 
-    def _pixel(self, image: Any, row: Any, o: Any, tile: _Tile) -> Any:
+    def _pixel(self, work: _Item, o: Any, tile: _Tile) -> Any:
         """Where the tile begins in ``y`` and in the residual."""
-        return (((image * self.out + o) * self.height + row + tile.top) * self.width + tile.left) * LANES
+        return (((work.image * self.out + o) * self.height + work.row + tile.top) * self.width + tile.left) * LANES
 
-    def _expect(self, image: Any, row: Any, o: Any, tile: _Tile) -> None:
+    def _expect(self, work: _Item, o: Any, tile: _Tile) -> None:
         """Ask for the cache lines that the epilogue will read and write."""
         if self.residual is None:
             return
-        start = self._pixel(image, row, o, tile)
+        start = self._pixel(work, o, tile)
         with T.unroll(self.cut.height) as p, T.unroll(self.cut.width) as q:
             prefetch(self.residual, start + (p * self.width + q) * LANES)
             prefetch(self.y, start + (p * self.width + q) * LANES, write=True)
 
-    def _taps(self, accumulator: Any, o: Any, source: Any, base: Any, tile: _Tile, first: Any, count: Any) -> None:
+    def _taps(self, totals: Any, work: _Item, o: Any, tile: _Tile, first: Any, count: Any) -> None:
         """Add the taps of ``count`` input blocks from ``first``."""
-        layer = self.layer
-        kh, kw = layer.kernel
-        reduced = self.depth if layer.per_lane else self.cells
-        of_group = 0 if layer.groups == 1 or layer.per_lane else self._group(o) * self.dense_blocks
-        panel = self.seen * kh * kw * reduced * LANES
+        layer, (kh, kw) = self.layer, self.layer.kernel
+        reduced, panel = self._reduced(), self._panel()
         with T.serial(count) as step, T.serial(kh) as r, T.serial(kw) as s:
-            b = first + step
-            weights = o * panel + ((b * kh + r) * kw + s) * reduced * LANES
+            weights, origin = self._block(work, o, tile, first + step)
+            weights = weights + (r * kw + s) * reduced * LANES
             if self.cut.height * self.cut.width >= WIDE and self.out * panel * 4 > STREAM_BYTES:
                 with T.unroll(reduced) as c:
                     prefetch(self.weight, weights + panel + c * LANES)
-            origin = base + ((tile.top * self.stride[0] + r * layer.dilation[0]) * self.in_width) * self.cells
-            origin = origin + (tile.left * self.stride[1] + s * layer.dilation[1]) * self.cells
-            if not layer.per_lane:
-                origin = origin + (of_group + b) * self.plane
+            origin = origin + (r * layer.dilation[0] * self.in_width + s * layer.dilation[1]) * self.cells
             with (
                 T.serial(reduced) as c,
                 T.unroll(self.cut.height) as i,
@@ -273,10 +328,27 @@ class _Kernel:
                 T.vectorized(LANES) as lane,
             ):
                 pixel = origin + (i * self.stride[0] * self.in_width + j * self.stride[1]) * self.cells
-                x = source[pixel + (self._own_channel(o, lane, c) if layer.per_lane else c)]
+                x = work.source[pixel + (self._own_channel(o, lane, c) if layer.per_lane else c)]
                 w = self.weight[weights + c * LANES + lane]
                 at = (i * self.cut.width + j) * LANES + lane
-                T.buffer_store(accumulator, accumulator[at] + self._tap(x, w), [at])
+                T.buffer_store(totals, totals[at] + self._tap(x, w), [at])
+
+    def _reduced(self) -> int:
+        """Input channels of one input block (of one group, where groups are small)."""
+        return self.depth if self.layer.per_lane else self.cells
+
+    def _panel(self) -> int:
+        """Weights of 16 output channels."""
+        return self.seen * self.layer.kernel[0] * self.layer.kernel[1] * self._reduced() * LANES
+
+    def _block(self, work: _Item, o: Any, tile: _Tile, block: Any) -> tuple[Any, Any]:
+        """Where the weights of output channels ``o`` and the pixels of ``tile`` begin for an input block."""
+        weights = o * self._panel() + block * (self._panel() // self.seen)
+        origin = work.base + (tile.top * self.stride[0] * self.in_width + tile.left * self.stride[1]) * self.cells
+        if self.layer.per_lane:
+            return weights, origin
+        of_group = 0 if self.layer.groups == 1 else self._group(o) * self.dense_blocks
+        return weights, origin + (of_group + block) * self.plane
 
     def _group(self, o: Any) -> Any:
         return o // (self.layer.out_channels // self.layer.groups // LANES)
@@ -299,15 +371,15 @@ class _Kernel:
         # fused multiply-add, which leaves the adders of the CPU to the maximum.
         return tirx.max(w, x) * self.scale[self.out * LANES]
 
-    def _epilogue(self, source: Any, begin: Any, image: Any, row: Any, o: Any, sums: Any, tile: _Tile) -> None:
+    def _epilogue(self, totals: Any, begin: Any, work: _Item, o: Any, tile: _Tile) -> None:
         layer = self.layer
-        start = self._pixel(image, row, o, tile)
+        start = self._pixel(work, o, tile)
         with T.unroll(self.cut.height) as i, T.unroll(self.cut.width) as j, T.vectorized(LANES) as lane:
-            total = source[begin + (i * self.cut.width + j) * LANES + lane]
-            if sums is not None:
+            total = totals[begin + (i * self.cut.width + j) * LANES + lane]
+            if work.sums is not None:
                 group = 0 if layer.groups == 1 else self._group(o)
                 at = (group * self.in_rows + (tile.top + i) * self.stride[0]) * self.width + tile.left + j
-                rows = [sums[at + k * layer.dilation[0] * self.width] for k in range(layer.kernel[0])]
+                rows = [work.sums[at + k * layer.dilation[0] * self.width] for k in range(layer.kernel[0])]
                 total = sum(rows[1:], rows[0]) - total
             elif layer.form == "abs":
                 total = f32(0) - total

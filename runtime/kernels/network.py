@@ -45,12 +45,12 @@ def export(network: nn.Module, shape: Sequence[int]) -> torch.export.ExportedPro
         ) from error
 
 
-def lower(programs: dict[str, torch.export.ExportedProgram], accumulators: int) -> tuple[ir.IRModule, int]:
+def lower(programs: dict[str, torch.export.ExportedProgram], target: Deployment) -> tuple[ir.IRModule, int]:
     """Lower exported networks to one module that shares kernels and constants.
 
     Args:
         programs: function name -> exported network (the same network at several batch sizes).
-        accumulators: vectors of 16 float32 sums the target's registers hold.
+        target: what the module will be compiled for.
 
     Returns:
         The module, with functions ``name(image[N, C, H, W]) -> logits[N, classes]``, and the number of classes.
@@ -60,7 +60,7 @@ def lower(programs: dict[str, torch.export.ExportedProgram], accumulators: int) 
             batch to one ``[N, classes]`` tensor.
     """
     builder = relax.BlockBuilder()
-    emitter = Emitter(builder, accumulators)
+    emitter = Emitter(builder, target)
     classes = [_Graph(emitter, program).emit(name) for name, program in programs.items()]
     return builder.get(), classes[0]
 

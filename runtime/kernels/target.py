@@ -24,6 +24,8 @@ class Cpu:
     vectors: int
     clipped: int
     fma: bool
+    assembly: bool
+    """Whether the innermost forward loops are AVX2 code."""
     clip: bool
     """Whether one instruction clips a vector to [-1, 1] (AVX-512 DQ)."""
 
@@ -36,7 +38,7 @@ class Cpu:
 
 #: 16 registers and explicit broadcasts: 10 sums, two vectors of weights, a broadcast, the constant 2, a temporary.
 #: By level, not by name: for some processors (znver3) LLVM unrolls the inner loops, and spills the sums.
-AVX2 = Cpu(LEVELS["avx2"], lanes=8, pixels=5, vectors=2, clipped=5, fma=True, clip=False)
+AVX2 = Cpu(LEVELS["avx2"], lanes=8, pixels=5, vectors=2, clipped=5, fma=True, assembly=True, clip=False)
 
 
 @functools.cache
@@ -54,7 +56,7 @@ def host() -> Cpu:
 
     if has("avx512f"):
         # 32 registers, and a broadcast from memory is free as an operand: one vector of weights, many pixels.
-        return Cpu(name, lanes=16, pixels=16, vectors=1, clipped=12, fma=True, clip=has("avx512dq"))
+        return Cpu(name, lanes=16, pixels=16, vectors=1, clipped=12, fma=True, assembly=False, clip=has("avx512dq"))
     if has("avx2", "fma"):
         return AVX2
-    return Cpu(name, lanes=4, pixels=6, vectors=1, clipped=4, fma=False, clip=False)
+    return Cpu(name, lanes=4, pixels=6, vectors=1, clipped=4, fma=False, assembly=False, clip=False)

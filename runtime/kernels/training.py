@@ -20,6 +20,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from anncvt.runtime.kernels.gradients import input_gradient, weight_gradient
+from anncvt.runtime.kernels.microkernel import LANES, Microkernel
 from anncvt.runtime.kernels.spec import SHARPNESS, Spec, divisor, row_block, tile
 from anncvt.runtime.kernels.target import Cpu
 from anncvt.runtime.kernels.tir import padded, span, splat, tree
@@ -59,6 +60,9 @@ def _forward(spec: Spec, cpu: Cpu) -> Any:
     RB = -(-RB // HT) * HT
     blocks = -(-OH // RB)
     ROWS = (RB - 1) * SH + (KH - 1) * DH + 1
+
+    micro = _microkernel(spec, (HT, PT), V, WP) if cpu.assembly and not depthwise and L == LANES else None
+    micro_node, micro_key, micro_code = micro.attribute if micro else (None, None, None)
 
     def update(total, x, w, attempt, two):
         exact = total + tirx.abs(x - w)
@@ -126,25 +130,39 @@ def _forward(spec: Spec, cpu: Cpu) -> Any:
                 doubt[T.ramp(0, 1, L)] = splat(0.0, L)
                 for attempt in T.unroll(1 if depthwise else 2):
                     if attempt == 0 or tree(doubt, 0, L) > T.float32(0):
-                        for a in T.unroll(HT * PT * V):
-                            acc[T.ramp(a * L, 1, L)] = splat(0.0, L)
-                        for b, kh, kw, c in T.grid(CB, KH, KW, reduced):
-                            for i in T.unroll(HT):
-                                for j in T.unroll(PT):
-                                    for v in T.unroll(V):
-                                        acc[T.ramp(((i * PT + j) * V + v) * L, 1, L)] = update(
-                                            acc[T.ramp(((i * PT + j) * V + v) * L, 1, L)],
-                                            operand(
-                                                xp,
-                                                (ih * HT + i) * SH + kh * DH,
-                                                g * CB + b,
-                                                (jw * PT + j) * SW + kw * DW,
-                                                c,
-                                            ),
-                                            Wp[g, ob * V + v, b, kh, kw, c, T.ramp(0, 1, L)],
-                                            attempt,
-                                            two,
+                        # nested: the parser reads what an `and` guards even where there is no microkernel
+                        if micro is not None:  # noqa: SIM102
+                            if attempt == 0:
+                                with T.attr(micro_node, micro_key, micro_code):
+                                    T.evaluate(
+                                        micro.expression(
+                                            T.address_of(acc[0]),
+                                            T.address_of(xp[ih * (HT * SH), g * CB, jw * (PT * SW), 0]),
+                                            T.address_of(Wp[g, ob * V, 0, 0, 0, 0, 0]),
+                                            CB,
+                                            1,
                                         )
+                                    )
+                        if micro is None or attempt == 1:
+                            for a in T.unroll(HT * PT * V):
+                                acc[T.ramp(a * L, 1, L)] = splat(0.0, L)
+                            for b, kh, kw, c in T.grid(CB, KH, KW, reduced):
+                                for i in T.unroll(HT):
+                                    for j in T.unroll(PT):
+                                        for v in T.unroll(V):
+                                            acc[T.ramp(((i * PT + j) * V + v) * L, 1, L)] = update(
+                                                acc[T.ramp(((i * PT + j) * V + v) * L, 1, L)],
+                                                operand(
+                                                    xp,
+                                                    (ih * HT + i) * SH + kh * DH,
+                                                    g * CB + b,
+                                                    (jw * PT + j) * SW + kw * DW,
+                                                    c,
+                                                ),
+                                                Wp[g, ob * V + v, b, kh, kw, c, T.ramp(0, 1, L)],
+                                                attempt,
+                                                two,
+                                            )
                         for i in T.unroll(HT):
                             for j in T.unroll(PT):
                                 for v in T.unroll(V):
@@ -171,3 +189,20 @@ def _forward(spec: Spec, cpu: Cpu) -> Any:
                                         ] = acc[T.ramp(((i * PT + j) * V + v) * L, 1, L)]
 
     return main
+
+
+def _microkernel(spec: Spec, tile_size: tuple[int, int], vectors: int, row: int) -> Microkernel:
+    """The taps of a tile: x in scratch blocks ``[row][channel block][column][channel]`` of ``row`` columns."""
+    (kh, kw), (stride_h, stride_w), (step_h, step_w) = spec.kernel, spec.stride, spec.dilation
+    cells = divisor(spec.channels, 16)
+    line = row * spec.groups * spec.channels
+    rows, connected = (kh, step_h * line), step_w == 1  # connected: the columns of a window are neighbours
+    return Microkernel(
+        "max",
+        tuple(i * stride_h * line + j * stride_w * cells for i in range(tile_size[0]) for j in range(tile_size[1])),
+        tuple(v * spec.channels * kh * kw * spec.lanes for v in range(vectors)),
+        spec.lanes,
+        cells * kw if connected else cells,
+        (rows,) if connected else (rows, (kw, step_w * cells)),
+        row * cells,
+    )

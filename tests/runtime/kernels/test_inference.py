@@ -12,7 +12,7 @@ tvm = pytest.importorskip("tvm")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from anncvt.runtime import reference  # noqa: E402
+from anncvt.runtime import processor, reference  # noqa: E402
 from anncvt.runtime.geometry import NO_PADDING, Padding  # noqa: E402
 from anncvt.runtime.kernels import elementwise, inference, layout, pooling  # noqa: E402
 from anncvt.runtime.kernels.layer import LANES, Layer, blocks  # noqa: E402
@@ -41,7 +41,11 @@ def run(function, *arrays: np.ndarray, out: tuple[int, ...]) -> np.ndarray:
     return y.numpy()
 
 
-def run_layer(layer: Layer, cut: Tiling | None = None) -> tuple[np.ndarray, np.ndarray]:
+#: Whether the innermost loops are assembly, where this processor can run it.
+ASSEMBLY = [False, True] if {"avx2", "fma"} <= (processor.features() or frozenset()) else [False]
+
+
+def run_layer(layer: Layer, cut: Tiling | None, assembly: bool) -> tuple[np.ndarray, np.ndarray]:
     """Result of the kernel (all lanes) and of the reference."""
     random = np.random.default_rng(0)
     x = random.standard_normal((layer.batch, layer.in_channels, *layer.size)).astype(np.float32)
@@ -52,7 +56,7 @@ def run_layer(layer: Layer, cut: Tiling | None = None) -> tuple[np.ndarray, np.n
     residual = random.standard_normal((layer.batch, layer.out_channels, *layer.out_size)).astype(np.float32)
     constants = inference.pack(layer, w, scale, shift)
     extra = [blocked(residual)] if layer.residual else []
-    function = inference.build(layer, cut or tiling(layer, 16))
+    function = inference.build(layer, cut or tiling(layer, 5 if assembly else 16), assembly)
     got = run(function, blocked(x) if layer.blocked else x, *constants, *extra, out=layer.out_shape)
 
     a, b = torch.from_numpy(x).double(), torch.from_numpy(w).double()
@@ -70,8 +74,8 @@ def run_layer(layer: Layer, cut: Tiling | None = None) -> tuple[np.ndarray, np.n
     return plain(got), y.numpy()
 
 
-def assert_layer(layer: Layer, cut: Tiling | None = None) -> None:
-    got, expected = run_layer(layer, cut)
+def assert_layer(layer: Layer, cut: Tiling | None = None, assembly: bool = False) -> None:
+    got, expected = run_layer(layer, cut, assembly)
     count = layer.out_channels
     assert np.abs(got[:, :count] - expected).max() <= 2e-6 * np.abs(expected).max() + 1e-6
     assert not got[:, count:].any(), "lanes beyond the last channel must be zero"
@@ -102,9 +106,18 @@ def layers(draw) -> Layer:
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(layers())
-def test_any_geometry_equals_reference(layer: Layer) -> None:
-    assert_layer(layer)
+@given(layers(), st.sampled_from(ASSEMBLY))
+def test_any_geometry_equals_reference(layer: Layer, assembly: bool) -> None:
+    assert_layer(layer, assembly=assembly)
+
+
+@pytest.mark.skipif(len(ASSEMBLY) < 2, reason="needs AVX2 and FMA")
+@pytest.mark.parametrize("mode", ["max", "conv"])
+@pytest.mark.parametrize("cut", [Tiling(3, 2, 1, 5, 1), Tiling(6, 1, 2, 2, 3), Tiling(2, 3, 1, 3, 2)])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_assembly_in_one_and_several_passes(mode: str, cut: Tiling, dilation: int) -> None:
+    window = {"stride": (1, 2), "padding": Padding(2, 1, 0, 2), "dilation": (1, dilation)}
+    assert_layer(Layer(mode, 2, 40, (6, 13), 48, (3, 3), **window, activation=("relu",)), cut, assembly=True)
 
 
 @pytest.mark.parametrize("mode", ["max", "conv"])
@@ -125,7 +138,9 @@ def test_every_cut_computes_every_pixel(sizes: tuple[int, ...], kernel: int, dep
     cut = Tiling(sizes[0], sizes[1], sizes[2], min(sizes[3], 7) if kernel > 1 else sizes[3], depth)
     cut = cut if kernel > 1 else replace(cut, height=1)
     layer = Layer("max", 1, 48, (7, 7), 32, (kernel, kernel), padding=Padding(side, side, side, side), residual=True)
-    assert_layer(layer, cut)
+    for assembly in ASSEMBLY:
+        if not assembly or cut.height * cut.width <= 5:
+            assert_layer(layer, cut, assembly)
 
 
 def test_padding_counts_as_zero_pixels() -> None:

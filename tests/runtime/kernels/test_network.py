@@ -13,6 +13,7 @@ from tvm import relax  # noqa: E402
 
 from anncvt.errors import AnncvtError  # noqa: E402
 from anncvt.nn import AdderConv2d  # noqa: E402
+from anncvt.runtime.kernels.deployment import Deployment  # noqa: E402
 from anncvt.runtime.kernels.network import export, lower  # noqa: E402
 from anncvt.runtime.kernels.target import host  # noqa: E402
 
@@ -23,7 +24,7 @@ def kernels(module: tvm.IRModule) -> int:
 
 
 def compare(network: nn.Module, x: Tensor, tolerance: float = 1e-5) -> tvm.IRModule:
-    module, classes = lower({"main": export(network, x.shape)}, 16)
+    module, classes = lower({"main": export(network, x.shape)}, Deployment.parse("cpu"))
     machine = relax.VirtualMachine(tvm.compile(module, host().target()), tvm.cpu())
     got = torch.from_numpy(machine["main"](tvm.runtime.tensor(x.numpy())).numpy())
     with torch.no_grad():
@@ -183,7 +184,7 @@ def test_unknown_operators_are_named() -> None:
             return torch.special.i0(x).mean((2, 3)) + torch.lgamma(x).mean((2, 3))
 
     with pytest.raises(AnncvtError, match=r"i0.*lgamma|lgamma.*i0"):
-        lower({"main": export(Odd(), (1, 3, 4, 4))}, 16)
+        lower({"main": export(Odd(), (1, 3, 4, 4))}, Deployment.parse("cpu"))
 
 
 def test_data_dependent_control_flow_is_refused() -> None:
@@ -197,4 +198,4 @@ def test_data_dependent_control_flow_is_refused() -> None:
 
 def test_output_must_be_logits() -> None:
     with pytest.raises(AnncvtError, match=r"not one \[N, classes\] tensor"):
-        lower({"main": export(nn.Conv2d(3, 4, 1), (1, 3, 4, 4))}, 16)
+        lower({"main": export(nn.Conv2d(3, 4, 1), (1, 3, 4, 4))}, Deployment.parse("cpu"))

@@ -33,8 +33,17 @@ def build(layer: IntegerLayer, form: Form, cut: IntegerTiling) -> tirx.PrimFunc:
 
 def cells_of(layer: IntegerLayer, form: Form) -> Cells:
     """How the input channels of a group are cut: whole blocks, or what the steps of ``form`` need."""
-    size = LANES if layer.in_place else -(-min(layer.depth, LANES) // form.group) * form.group
-    return Cells(size, -(-layer.depth // size), layer.depth)
+    depth, (_, columns) = layer.depth, layer.kernel
+    if layer.in_place:
+        return Cells(LANES, blocks(depth), depth, LANES, columns)
+    if layer.mode == "conv" and layer.dilation[1] == 1 and depth * columns <= MOST_SPANNED:
+        return Cells(-(-depth * columns // form.group) * form.group, 1, depth, depth, 1)
+    size = -(-min(depth, LANES) // form.group) * form.group
+    return Cells(size, -(-depth // size), depth, size, columns)
+
+
+#: Elements of a cell that spans kernel columns: its steps are all written out.
+MOST_SPANNED = 48
 
 
 class _Tile(NamedTuple):
@@ -89,7 +98,7 @@ class _Kernel:
         with B.serial(self.item_groups) as g, B.serial(rows) as h:
             with B.serial(self.input.width) as w:
                 lanes = B.alloc_buffer((self.cells.size,), "int32", scope="local")
-                at = base + g * (self.cells.number * self.input.plane) + (h * self.input.width + w) * self.cells.size
+                at = base + g * (self.cells.number * self.input.plane) + (h * self.input.width + w) * self.cells.pitch
                 B.buffer_store(lanes, splat(0, "int32", self.cells.size), [ramp(0, self.cells.size)])
                 with B.serial(self.cells.number) as c:
                     pixel = source[ramp(at + c * self.input.plane, self.cells.size)].astype(f"int32x{self.cells.size}")
@@ -122,24 +131,25 @@ class _Kernel:
 
     def _taps(self, accumulator: Any, panel: Any, base: Any, source: Any, tile: _Tile) -> None:
         layer, form, vectors = self.layer, self.form, self.cut.vectors
-        kh, kw = layer.kernel
+        kh, kw = layer.kernel[0], self.cells.columns
         operand = form.group * form.lanes
         with B.serial(self.cells.number) as c, B.serial(kh) as r, B.serial(kw) as s:
             weights = (((panel * self.cells.number + c) * kh + r) * kw + s) * (self.cells.size * self.panel)
             origin = base + c * self.input.plane
             origin = origin + (tile.top * self.input.stride[0] + r * layer.dilation[0]) * (
-                self.input.width * self.cells.size
+                self.input.width * self.cells.pitch
             )
-            origin = origin + (tile.left * self.input.stride[1] + s * layer.dilation[1]) * self.cells.size
+            origin = origin + (tile.left * self.input.stride[1] + s * layer.dilation[1]) * self.cells.pitch
             for step, i, j in itertools.product(
                 range(self.cells.size // form.group), range(tile.tall), range(tile.wide)
             ):
-                pixel = (i * self.input.stride[0] * self.input.width + j * self.input.stride[1]) * self.cells.size
+                pixel = (i * self.input.stride[0] * self.input.width + j * self.input.stride[1]) * self.cells.pitch
                 x = source[ramp(origin + pixel + step * form.group, form.group)]
                 for v in range(vectors):
                     w = self.weight[ramp(weights + (step * vectors + v) * operand, operand)]
                     at = self._sum((i * tile.wide + j) * vectors + v)
-                    B.buffer_store(accumulator, form.step(accumulator[at], x, w), [at])
+                    combine = form.alternate if form.alternate and step % 2 else form.step
+                    B.buffer_store(accumulator, combine(accumulator[at], x, w), [at])
 
     def _results(self, accumulator: Any, image: Any, row: Any, panel: Any, group: Any, sums: Any, tile: _Tile) -> None:
         layer, cut, output = self.layer, self.cut, self.output
@@ -186,6 +196,6 @@ def signature(
     cells = cells_of(layer, form)
     shapes: dict[str, tuple[Any, ...]] = {
         "x": (batch, *layer.in_shape),
-        "weight": (panels, cells.number, *layer.kernel, cells.size // form.group, panel * form.group),
+        "weight": (panels, cells.number, layer.kernel[0], cells.columns, cells.size // form.group, panel * form.group),
     }
     return arguments(layer, shapes, panels * panel, batch), {**DTYPES, "weight": form.weight, "y": layer.result}

@@ -63,7 +63,7 @@ def _emit(layer: IntegerLayer, form: Form, batch: Any, buffers: dict[str, Any]) 
     planes, rows = blocks(layer.out_channels), _rows(layer)
     height, width = layer.out_size
     row_blocks = -(-height // rows)
-    source = Input(layer, form.source, Cells(LANES, 1, LANES), rows, 1)
+    source = Input(layer, form.source, Cells(LANES, 1, LANES, LANES, layer.kernel[1]), rows, 1)
     output = Output(layer, form, buffers)
     with B.parallel(batch * (planes * row_blocks)) as item:
         image, plane = item // (planes * row_blocks), item // row_blocks % planes

@@ -46,6 +46,7 @@ class Form:
     source: str = "uint8"  # int16: a copy of the input holds x - zero
     weight: str = "uint8"
     maxima: bool = False  # steps add up max(x, w)
+    alternate: Callable[[Any, Any, Any], Any] | None = None  # of step, every other one
     together: int = 0  # channels of one output side by side in the weights of a step; 0: all of them
 
     def order(self, vectors: int) -> list[int]:
@@ -94,7 +95,7 @@ def _x86_adder(features: tuple[str, ...]) -> Form:
         return _sad("llvm.x86.avx512.psad.bw.512", 512, 24)
     if "avx2" in features:
         return _sad("llvm.x86.avx2.psad.bw", 256, 8)
-    return _sad("llvm.x86.sse2.psad.bw", 128, 12)
+    return _sad("llvm.x86.sse2.psad.bw", 128, 8)
 
 
 def _x86_convolution(features: tuple[str, ...]) -> Form:
@@ -103,8 +104,8 @@ def _x86_convolution(features: tuple[str, ...]) -> Form:
     if "avx512bw" in features:
         return _multiply_pairs("llvm.x86.avx512.pmaddw.d.512", 512, 24)
     if "avx2" in features:
-        return _multiply_pairs("llvm.x86.avx2.pmadd.wd", 256, 12)
-    return _multiply_pairs("llvm.x86.sse2.pmadd.wd", 128, 12)
+        return _multiply_pairs("llvm.x86.avx2.pmadd.wd", 256, 6)
+    return _multiply_pairs("llvm.x86.sse2.pmadd.wd", 128, 6)
 
 
 def _sad(intrinsic: str, bits: int, registers: int) -> Form:
@@ -113,7 +114,13 @@ def _sad(intrinsic: str, bits: int, registers: int) -> Form:
     def step(sums: Any, x: Any, w: Any) -> Any:
         return sums + _call(intrinsic, f"int64x{lanes}", w, repeat(x, lanes))
 
-    return Form("sad", lanes, 8, registers, 2, step, sums="int64")
+    def alternate(sums: Any, x: Any, w: Any) -> Any:
+        """The same: the upper halves are zero. Sums of one kind LLVM would reorder, and run out of registers."""
+        difference = _call(intrinsic, f"int64x{lanes}", w, repeat(x, lanes))
+        halves = f"int32x{2 * lanes}"
+        return T.reinterpret(f"int64x{lanes}", T.reinterpret(halves, sums) + T.reinterpret(halves, difference))
+
+    return Form("sad", lanes, 8, registers, 2, step, sums="int64", alternate=alternate)
 
 
 def _multiply_pairs(intrinsic: str, bits: int, registers: int) -> Form:

@@ -14,15 +14,21 @@ from anncvt.runtime.kernels.layer import LANES, blocks
 
 
 class Cells(NamedTuple):
-    """``number`` cells of ``size`` channels hold the ``depth`` channels of one group; the rest is zero."""
+    """``number`` cells of ``size`` elements hold the ``depth`` channels of one group; the rest is zero.
+
+    Where channels are few, a cell of a convolution spans the columns of its kernel, which lie side by side: ``pitch``
+    elements from one column to the next, ``columns`` cells in a row of the kernel.
+    """
 
     size: int
     number: int
     depth: int
+    pitch: int
+    columns: int
 
     @property
     def full(self) -> bool:
-        return self.size * self.number == self.depth
+        return self.pitch * self.number == self.depth
 
 
 class Input:
@@ -42,7 +48,7 @@ class Input:
         self._picked, self.stride = (layer.stride, (1, 1)) if layer.pointwise else ((1, 1), layer.stride)
         self.rows = (rows - 1) * self.stride[0] + reach[0]
         self.width = (layer.out_size[1] - 1) * self.stride[1] + reach[1] if self._copied else layer.size[1]
-        self.plane = (self.rows if self._copied else layer.size[0]) * self.width * cells.size
+        self.plane = (self.rows if self._copied else layer.size[0]) * self.width * cells.pitch
 
     def read(self, x: Any, parameters: Any, image: Any, row: Any, group: Any) -> tuple[Any, Any]:
         """A buffer of ``[groups, cells, rows, columns, cell]`` and where that begins in it.
@@ -60,8 +66,9 @@ class Input:
         return x, (block * self.layer.size[0] + row * self.layer.stride[0]) * (self.width * LANES)
 
     def _copy(self, x: Any, zero: Any, image: Any, row: Any, group: Any) -> Any:
-        layer, (size, count, _) = self.layer, self.cells
-        copy = B.alloc_buffer((self.groups * count * self.plane,), self.source)
+        layer, count, size = self.layer, self.cells.number, self.cells.pitch
+        # The last cell of a row that spans columns may reach beyond it, where its weights are zero.
+        copy = B.alloc_buffer((self.groups * count * self.plane + self.cells.size,), self.source)
         with B.serial(self.groups) as g, B.serial(count) as c, B.serial(self.rows) as h:
             source_row = row * layer.stride[0] + h * self._picked[0] - layer.padding.top
             inside = tirx.all(source_row >= 0, source_row < layer.size[0])
@@ -77,7 +84,7 @@ class Input:
         return copy
 
     def _pixel(self, x: Any, zero: Any, image: Any, group: Any, cell: Any, row: Any, column: Any) -> Any:
-        layer, (size, count, depth) = self.layer, self.cells
+        layer, count, depth, size = self.layer, self.cells.number, self.cells.depth, self.cells.pitch
         height, width = layer.size
         if layer.in_place:
             block = image * blocks(layer.in_channels) + group * count + cell
@@ -105,7 +112,7 @@ class Input:
 
     def _border(self, zero: Any, cell: Any) -> Any:
         """A padded pixel; channels beyond the last stay zero."""
-        size, _, depth = self.cells
+        size, depth = self.cells.pitch, self.cells.depth
         if self.source == "int16":
             return splat(0, "int16", size)
         value = tirx.Broadcast(zero.astype("uint8"), size)

@@ -63,7 +63,7 @@ def in_plain(form: Form) -> Form:
             sums = sums + term.astype(sums.ty.dtype)
         return sums
 
-    return dataclasses.replace(form, step=step)
+    return dataclasses.replace(form, step=step, alternate=None)
 
 
 @settings(parent=SLOW_COMPILER, max_examples=12)

@@ -136,7 +136,7 @@ def _versions() -> str:
 def _sources() -> str:
     here = Path(__file__).parent
     names = ("training.py", "gradients.py", "tir.py", "spec.py", "target.py", "../geometry.py")
-    shared = ("flat.py", "layer.py", "tiling.py", "deployment.py")
+    shared = ("flat.py", "layer.py", "deployment.py")
     integer = sorted(path.name for path in here.glob("integer*.py"))
     content = b"".join((here / name).read_bytes() for name in (*names, *shared, *integer))
     return hashlib.sha256(content).hexdigest()

@@ -18,9 +18,8 @@ from anncvt.runtime.kernels.integer_forms import Form
 from anncvt.runtime.kernels.integer_input import Cells, Input
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
 from anncvt.runtime.kernels.integer_output import DTYPES, Output, arguments, ramp, splat
-from anncvt.runtime.kernels.integer_tiling import IntegerTiling, panels_of
+from anncvt.runtime.kernels.integer_tiling import IntegerTiling, panels_of, spans
 from anncvt.runtime.kernels.layer import LANES, blocks
-from anncvt.runtime.kernels.tiling import spans
 
 
 def build(layer: IntegerLayer, form: Form, cut: IntegerTiling) -> tirx.PrimFunc:

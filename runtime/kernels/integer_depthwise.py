@@ -13,9 +13,8 @@ from anncvt.runtime.kernels.integer_forms import Form
 from anncvt.runtime.kernels.integer_input import Cells, Input
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
 from anncvt.runtime.kernels.integer_output import DTYPES, Output, arguments, ramp, splat
-from anncvt.runtime.kernels.integer_tiling import IntegerTiling
+from anncvt.runtime.kernels.integer_tiling import IntegerTiling, spans
 from anncvt.runtime.kernels.layer import LANES, blocks
-from anncvt.runtime.kernels.tiling import spans
 
 #: Absolute differences of bytes that can be added up in 16 bits.
 SHORT_TAPS = 65535 // 255

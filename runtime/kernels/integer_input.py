@@ -9,7 +9,7 @@ from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
 from anncvt.runtime.kernels.integer_layer import PARAMETERS, IntegerLayer
-from anncvt.runtime.kernels.integer_output import ramp, splat
+from anncvt.runtime.kernels.integer_output import ramp, splat, spread
 from anncvt.runtime.kernels.layer import LANES, blocks
 
 
@@ -106,17 +106,16 @@ class Input:
     def _widened(self, value: Any, zero: Any, lanes: int) -> Any:
         if self.source == "uint8":
             return value
-        if lanes == 1:
-            return value.astype("int16") - zero.astype("int16")
-        return value.astype(f"int16x{lanes}") - tirx.Broadcast(zero.astype("int16"), lanes)
+        kind = f"int16x{lanes}" if lanes > 1 else "int16"
+        return value.astype(kind) - spread(zero.astype("int16"), lanes)
 
     def _border(self, zero: Any, cell: Any) -> Any:
         """A padded pixel; channels beyond the last stay zero."""
         size, depth = self.cells.pitch, self.cells.depth
         if self.source == "int16":
             return splat(0, "int16", size)
-        value = tirx.Broadcast(zero.astype("uint8"), size)
+        value = spread(zero.astype("uint8"), size)
         if self.cells.full:
             return value
-        channel = tirx.Ramp(cell * size, 1, size)
+        channel = ramp(cell * size, size)
         return T.Select(channel < splat(depth, "int32", size), value, splat(0, "uint8", size))

@@ -58,7 +58,7 @@ class IntegerOperator:
         self._window = (as_pair(stride), expand_padding(padding), as_pair(dilation), groups)
         self._wide = end is not None and wide(mode, self._weight, end)
         self._mode = mode
-        self._constants: list[Tensor] = []
+        self._constants: dict[bool, list[Tensor]] = {}
 
     def __call__(self, x: Array, residual: Array | None = None) -> Array:
         """The layer of ``x`` ``[N, C, H, W]`` uint8, with ``residual`` ``[N, O, H', W']`` uint8 added before the shift.
@@ -68,25 +68,28 @@ class IntegerOperator:
         """
         image = torch.as_tensor(x)
         other = None if residual is None else to_blocks(torch.as_tensor(residual))
-        y = self.blocked(to_blocks(image), image.shape[1], other)
+        y = self.run(image if image.shape[1] < LANES else to_blocks(image), image.shape[1], other)
         plain = from_blocks(y, len(self._weight))
         return plain if isinstance(x, Tensor) else plain.numpy()
 
-    def blocked(self, x: Tensor, channels: int, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """The same on blocked tensors ``[N, ceil(C/16), H, W, 16]`` whose lanes beyond ``channels`` are zero."""
-        layer = self._layer(channels, (x.shape[2], x.shape[3]), residual is not None)
+    def run(self, x: Tensor, channels: int, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """The same on blocked tensors ``[N, ceil(C/16), H, W, 16]`` whose lanes beyond the last channel are zero.
+
+        ``x``, with ``channels`` channels, may also be plain ``[N, C, H, W]``.
+        """
+        layer = self._layer(channels, (x.shape[2], x.shape[3]), residual is not None, x.dim() == 5)
         y = torch.empty(x.shape[0], *layer.out_shape, dtype=getattr(torch, layer.result)) if out is None else out
-        if not self._constants:  # the same for every image size
+        if layer.blocked not in self._constants:  # the same for every image size
             packed = Plan.of(layer, Deployment.parse("cpu")).pack(self._weight, self._zero, self._end)
-            self._constants = [torch.from_numpy(array) for array in packed]
+            self._constants[layer.blocked] = [torch.from_numpy(array) for array in packed]
         most = max(1, _MOST_ELEMENTS // max(x[:1].numel(), y[:1].numel(), 1))
         for start in range(0, x.shape[0], most):
             part = slice(start, start + most)
             ends = [y[part]] if residual is None else [residual[part], y[part]]
-            self._run(layer, [x[part], *self._constants, *ends])
+            self._run(layer, [x[part], *self._constants[layer.blocked], *ends])
         return y
 
-    def _layer(self, channels: int, size: tuple[int, int], residual: bool) -> IntegerLayer:
+    def _layer(self, channels: int, size: tuple[int, int], residual: bool, blocked: bool) -> IntegerLayer:
         out, _, kh, kw = self._weight.shape
         result = "int32" if self._end is None else "uint8"
         stride, padding, dilation, groups = self._window
@@ -103,6 +106,7 @@ class IntegerOperator:
             result=result,
             residual=residual,
             wide=self._wide,
+            blocked=blocked,
         )
 
     def _run(self, layer: IntegerLayer, arguments: list[Tensor]) -> None:

@@ -165,4 +165,9 @@ def ramp(at: Any, count: int) -> Any:
 
 def splat(value: int, dtype: str, count: int) -> Any:
     """A vector of ``count`` times ``value``."""
-    return tirx.Broadcast(tirx.const(value, dtype), count)
+    return spread(tirx.const(value, dtype), count)
+
+
+def spread(value: Any, count: int) -> Any:
+    """``value`` in every lane."""
+    return tirx.Broadcast(value, count) if count > 1 else value

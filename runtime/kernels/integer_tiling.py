@@ -54,6 +54,14 @@ def panel_vectors(layer: IntegerLayer, form: Form) -> int:
     return min(fitting, key=lambda v: (-(-needed // (v * form.lanes)) * v, -v))
 
 
+def spans(extent: int, tile: int) -> list[tuple[int, int, int]]:
+    """``extent`` as equal tiles of at most ``tile``, at most two sizes: ``(start, tiles, size)``."""
+    count = -(-extent // tile)
+    small, larger = divmod(extent, count)
+    cut = [(0, larger, small + 1), (larger * (small + 1), count - larger, small)]
+    return [span for span in cut if span[1]]
+
+
 def panels_of(layer: IntegerLayer, form: Form, vectors: int) -> int:
     """Panels of one group."""
     return -(-layer.filters // (vectors * form.lanes))

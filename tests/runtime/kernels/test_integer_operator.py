@@ -69,7 +69,7 @@ def test_strided_and_unaligned_inputs() -> None:
     image = to_blocks(torch.from_numpy(given.x))
     shifted = torch.empty(image.numel() + 1, dtype=torch.uint8)[1:].view(image.shape).copy_(image)
     out = torch.empty(1 + 2 * 16 * LAYER.out_size[0] * LAYER.out_size[1], dtype=torch.uint8)[1:]
-    y = operator(given).blocked(shifted, 20, out=out.view(1, *LAYER.out_shape))
+    y = operator(given).run(shifted, 20, out=out.view(1, *LAYER.out_shape))
     np.testing.assert_array_equal(from_blocks(y, 18), given.expected)
     assert y.data_ptr() == out.data_ptr()
 

@@ -104,7 +104,9 @@ def kernel(layer: Layer, mode: str, x: np.ndarray, weight: np.ndarray) -> Callab
     """A call of this package's kernel with a requantisation that uses the range of uint8."""
     taps, sides, stem = layer.channels * layer.kernel**2, [layer.padding] * 4, layer is STEM
     size, window, steps = (layer.size,) * 2, (layer.kernel,) * 2, (layer.stride,) * 2
-    spec = IntegerLayer(mode, layer.channels, size, layer.outputs, window, steps, Padding(*sides), blocked=not stem)
+    spec = IntegerLayer(
+        mode, layer.channels, size, layer.outputs, window, steps, Padding(*sides), blocked=not stem, clamped=False
+    )
     scale = np.full(layer.outputs, max(1, (1 << 22) // (taps * 85)), np.int32)
     centre = np.full(layer.outputs, taps * 85 if mode == "adder" else 128, np.int64)
     constants = Plan.of(spec, Deployment.parse("cpu")).pack(weight, 128, Requantisation(scale, centre * scale, 16))

@@ -74,7 +74,8 @@ def case(layer: IntegerLayer, *, batch: int = 1, values: str = "all", zero: int 
         multiplier = random.integers(1, 3, layer.out_channels) * max(1, (256 << shift) // spread)
     centre = int(total.mean()) if total.size else 0
     offset = (128 << shift) - centre * multiplier + random.integers(-(30 << shift), 30 << shift, layer.out_channels)
-    end = Requantisation(multiplier.astype(np.int32), offset, shift, low, 250, (1 << shift) // 4 - 3)
+    low, high = (low, 250) if layer.clamped else (0, 255)
+    end = Requantisation(multiplier.astype(np.int32), offset, shift, low, high, (1 << shift) // 4 - 3)
     assert wide(layer.mode, weight, end) == layer.wide
     residual = draw((batch, layer.out_channels, *layer.out_size), np.uint8) if layer.residual else None
     return Case(layer, x, weight, zero, end, residual, requantised(total, end, residual))
@@ -119,6 +120,7 @@ def layers(draw: st.DrawFn) -> IntegerLayer:
         groups,
         result,
         residual=result == "uint8" and draw(st.booleans()),
+        clamped=draw(st.booleans()),
         wide=result == "uint8" and draw(st.sampled_from([False, False, True])),
         blocked=draw(st.sampled_from([True, True, True, False])),
     )

@@ -96,7 +96,7 @@ class _Kernel:
         line = B.alloc_buffer((self.input.width,), "int32")
         with B.serial(self.item_groups) as g, B.serial(rows) as h:
             with B.serial(self.input.width) as w:
-                lanes = B.alloc_buffer((self.cells.size,), "int32", scope="local")
+                lanes = B.alloc_buffer((self.cells.size,), "int32")
                 at = base + g * (self.cells.number * self.input.plane) + (h * self.input.width + w) * self.cells.pitch
                 B.buffer_store(lanes, splat(0, "int32", self.cells.size), [ramp(0, self.cells.size)])
                 with B.serial(self.cells.number) as c:
@@ -119,7 +119,7 @@ class _Kernel:
             with B.serial(tall_tiles) as i, B.serial(wide_tiles) as j:
                 tile = _Tile(y0 + i * tall, x0 + j * wide, tall, wide)
                 vectors = tall * wide * cut.vectors
-                accumulator = B.alloc_buffer((vectors * self.form.lanes,), self.form.sums, scope="local")
+                accumulator = B.alloc_buffer((vectors * self.form.lanes,), self.form.sums)
                 for v in range(vectors):
                     B.buffer_store(accumulator, splat(0, self.form.sums, self.form.lanes), [self._sum(v)])
                 self._taps(accumulator, panel, base + group * (self.cells.number * self.input.plane), source, tile)

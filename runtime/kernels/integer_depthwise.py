@@ -72,7 +72,7 @@ def _emit(layer: IntegerLayer, form: Form, batch: Any, buffers: dict[str, Any]) 
             for start, count, pixels in spans(width, PIXELS):
                 with B.serial(count) as tile:
                     left = start + tile * pixels
-                    sums = B.alloc_buffer((pixels * LANES,), form.sums, scope="local")
+                    sums = B.alloc_buffer((pixels * LANES,), form.sums)
                     for p in range(pixels):
                         B.buffer_store(sums, splat(0, form.sums, LANES), [ramp(p * LANES, LANES)])
                     _taps(layer, form, source, sums, x, base, buffers["weight"], plane, h, left, pixels)

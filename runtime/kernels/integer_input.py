@@ -89,7 +89,7 @@ class Input:
         if layer.in_place:
             block = image * blocks(layer.in_channels) + group * count + cell
             return self._widened(x[ramp(((block * height + row) * width + column) * LANES, LANES)], zero, LANES)
-        lanes = B.alloc_buffer((size,), self.source, scope="local")
+        lanes = B.alloc_buffer((size,), self.source)
         for lane in range(size):
             channel = group * depth + cell * size + lane
             if layer.blocked:

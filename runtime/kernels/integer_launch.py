@@ -105,6 +105,7 @@ class IntegerOperator:
             groups,
             result=result,
             residual=residual,
+            clamped=self._end is not None and self._end.narrow,
             wide=self._wide,
             blocked=blocked,
         )

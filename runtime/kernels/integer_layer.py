@@ -37,6 +37,7 @@ class IntegerLayer:
     groups: int = 1
     result: str = "uint8"
     residual: bool = False
+    clamped: bool = True  # False: the range is 0..255, to which bytes are saturated anyway
     wide: bool = False  # shifted values may not fit int32 and are clamped before they are narrowed
     blocked: bool = True  # False: x is plain [N, C, H, W] (the network's input)
 

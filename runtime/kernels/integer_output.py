@@ -83,7 +83,7 @@ class Output:
 
         residual = None
         if self.layer.residual:
-            gathered = B.alloc_buffer((count,), "uint8", scope="local")
+            gathered = B.alloc_buffer((count,), "uint8")
             for lane in range(count):
                 inside = tirx.const(lane, "int32") < valid
                 B.buffer_store(
@@ -91,7 +91,7 @@ class Output:
                 )
             residual = gathered[ramp(0, count)]
         value = self._value(sums, constants, residual)
-        staged = B.alloc_buffer((count,), self.layer.result, scope="local")
+        staged = B.alloc_buffer((count,), self.layer.result)
         B.buffer_store(staged, value, [ramp(0, count)])
         for lane in range(count):
             with B.If(tirx.const(lane, "int32") < valid), B.Then():
@@ -119,6 +119,8 @@ class Output:
         # Bounds known to the compiler make this a saturating narrowing; the layer's own are applied to bytes.
         value = form.narrow(shifted)
         value = tirx.max(tirx.min(value, splat(255, "int32", count)), splat(0, "int32", count)).astype(f"uint8x{count}")
+        if not self.layer.clamped:
+            return value
         low, high = (tirx.Broadcast(self._parameter(name).astype("uint8"), count) for name in ("low", "high"))
         return tirx.max(tirx.min(value, high), low)
 

@@ -38,6 +38,11 @@ class Requantisation:
                 fix="give a shift of 1 to 31 and a range within 0..255",
             )
 
+    @property
+    def narrow(self) -> bool:
+        """Whether the range is less than that of uint8."""
+        return (self.low, self.high) != (0, 255)
+
 
 def check(weight: np.ndarray, zero: int) -> None:
     """Whether the sums fit int32 and the zero point uint8.

@@ -35,6 +35,11 @@ def operator(given: Case) -> IntegerOperator:
     )
 
 
+def test_full_range() -> None:
+    given = case(dataclasses.replace(LAYER, clamped=False))
+    np.testing.assert_array_equal(operator(given)(given.x, given.residual), given.expected)
+
+
 @pytest.mark.parametrize("batch", [1, 3, 256])
 def test_numpy_and_torch_for_any_batch_with_one_kernel(batch: int) -> None:
     given = case(LAYER, batch=batch)

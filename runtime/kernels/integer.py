@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from tvm import tirx
 from tvm.tirx.script.builder import ir as B
 
-from anncvt.runtime.kernels.flat import function
+from anncvt.runtime.kernels.flat import function, prefetch
 from anncvt.runtime.kernels.integer_forms import Form
 from anncvt.runtime.kernels.integer_input import Cells, Input
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
@@ -41,6 +41,9 @@ def cells_of(layer: IntegerLayer, form: Form) -> Cells:
     return Cells(size, -(-depth // size), depth, size, columns)
 
 
+#: Weights beyond this are not in the second-level cache when their turn comes.
+STREAM_BYTES = 256 << 10
+LINE_BYTES = 64
 #: Elements of a cell that spans kernel columns: its steps are all written out.
 MOST_SPANNED = 48
 
@@ -113,17 +116,29 @@ class _Kernel:
         cut = self.cut
         rows, width = (1, cut.rows * self.width) if self.layer.pointwise else (cut.rows, self.width)
         group = group if self.layer.groups > 1 else tirx.const(0, "int32")
+        before, tiles = 0, -(-rows // cut.height) * -(-width // cut.width)
         for (y0, tall_tiles, tall), (x0, wide_tiles, wide) in itertools.product(
             spans(rows, cut.height), spans(width, cut.width)
         ):
             with B.serial(tall_tiles) as i, B.serial(wide_tiles) as j:
                 tile = _Tile(y0 + i * tall, x0 + j * wide, tall, wide)
+                self._expect(panel, before + i * wide_tiles + j, tiles)
                 vectors = tall * wide * cut.vectors
                 accumulator = B.alloc_buffer((vectors * self.form.lanes,), self.form.sums)
                 for v in range(vectors):
                     B.buffer_store(accumulator, splat(0, self.form.sums, self.form.lanes), [self._sum(v)])
                 self._taps(accumulator, panel, base + group * (self.cells.number * self.input.plane), source, tile)
                 self._results(accumulator, image, row, panel, group, sums, tile)
+            before += tall_tiles * wide_tiles
+
+    def _expect(self, panel: Any, tile: Any, tiles: int) -> None:
+        """Ask for a part of the weights of the next panel, which stream from beyond the second-level cache."""
+        size = self.cells.number * self.layer.kernel[0] * self.cells.columns * self.cells.size * self.panel
+        bytes_each = 2 if self.form.weight == "int16" else 1
+        if size * bytes_each * self.all_panels > STREAM_BYTES:
+            lines = -(-size * bytes_each // (LINE_BYTES * tiles))
+            with B.serial(lines) as line:
+                prefetch(self.weight, (panel + 1) * size + (tile * lines + line) * (LINE_BYTES // bytes_each))
 
     def _sum(self, vector: int) -> Any:
         return ramp(vector * self.form.lanes, self.form.lanes)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import statistics
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 import torch.nn.functional as F
 import tvm
 from onnx import helper
+from sessions import Session
 from shapes import RESNET50, Layer
 from timing import interleaved
 from torch import Tensor
@@ -70,8 +67,8 @@ def _layer_times(
     weight = torch.randn(layer.outputs, layer.channels // layer.groups, layer.kernel, layer.kernel)
     last = x.to(memory_format=torch.channels_last)
     arguments = (None, layer.stride, layer.padding, 1, layer.groups)
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        sessions = [_Session(layer, x.numpy(), weight.numpy(), options.threads, folder, full) for full in (True, False)]
+    with torch.inference_mode():
+        sessions = [_session(layer, x.numpy(), weight.numpy(), options.threads, full) for full in (True, False)]
         calls: dict[str, Callable[[], object]] = {
             "adder": _compiled(layer, "max", x.numpy(), weight.numpy()),
             "conv": _compiled(layer, "conv", x.numpy(), weight.numpy()),
@@ -81,7 +78,7 @@ def _layer_times(
             "torch, channels last": lambda: F.conv2d(last, weight, *arguments),
         }
         times = interleaved(calls, options.repeats, clock)
-        times["onnxruntime node"] = min(session.node_seconds() for session in sessions)
+        times["onnxruntime node"] = min(session.node_seconds("Conv", "FusedConv") for session in sessions)
         # The slow ones apart, and once: they would empty the caches between the calls of the others.
         peer_calls = {
             name: lambda peer=peer: peer(x, weight, layer.stride, layer.padding) for name, peer in peers.items()
@@ -119,34 +116,14 @@ def _compiled(layer: Layer, mode: str, x: np.ndarray, weight: np.ndarray) -> Cal
     return lambda: kernel(*tensors)
 
 
-class _Session:
-    """Conv and Relu in onnxruntime, with its profiler on; ``full`` lets it change to its blocked layout."""
-
-    def __init__(self, layer: Layer, x: np.ndarray, weight: np.ndarray, threads: int, folder: str, full: bool) -> None:
-        window = {"strides": [layer.stride] * 2, "pads": [layer.padding] * 4, "group": layer.groups}
-        nodes = [helper.make_node("Conv", ["x", "w"], ["c"], **window), helper.make_node("Relu", ["c"], ["y"])]
-        ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ("x", "y")]
-        graph = helper.make_graph(nodes, "layer", ends[:1], ends[1:], [onnx.numpy_helper.from_array(weight, "w")])
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = threads
-        levels = onnxruntime.GraphOptimizationLevel
-        settings.graph_optimization_level = levels.ORT_ENABLE_ALL if full else levels.ORT_ENABLE_EXTENDED
-        settings.enable_profiling = True
-        settings.profile_file_prefix = str(Path(folder) / f"full-{full}")
-        self._session = onnxruntime.InferenceSession(
-            model.SerializeToString(), settings, providers=["CPUExecutionProvider"]
-        )
-        self._feed = {"x": x}
-
-    def call(self) -> object:
-        return self._session.run(None, self._feed)
-
-    def node_seconds(self) -> float:
-        """The least time that its profiler saw for the convolution itself; ends the profiling."""
-        events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
-        kernels = [e for e in events if e.get("name", "").endswith("_kernel_time")]
-        return min(e["dur"] for e in kernels if e["args"].get("op_name") in ("Conv", "FusedConv")) * 1e-6
+def _session(layer: Layer, x: np.ndarray, weight: np.ndarray, threads: int, full: bool) -> Session:
+    """Conv and Relu; ``full`` lets onnxruntime change to its blocked layout."""
+    window = {"strides": [layer.stride] * 2, "pads": [layer.padding] * 4, "group": layer.groups}
+    nodes = [helper.make_node("Conv", ["x", "w"], ["c"], **window), helper.make_node("Relu", ["c"], ["y"])]
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "layer", ends[:1], ends[1:], [onnx.numpy_helper.from_array(weight, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    return Session(model, {"x": x}, threads, full)
 
 
 def _peers() -> dict[str, Callable[[Tensor, Tensor, int, int], Tensor]]:

@@ -19,18 +19,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from anncvt.runtime.kernels.integer_layer import IntegerLayer
 from anncvt.runtime.kernels.spec import Spec
 from anncvt.runtime.kernels.target import host
 
 counts: Counter[str] = Counter()
 """How many kernels this process ``compiled`` and ``loaded`` from disk."""
 
-_ready: dict[Spec, Callable[..., Any]] = {}
+Kernel = Spec | IntegerLayer
+"""What a compiled kernel is named by."""
+
+_ready: dict[Kernel, Callable[..., Any]] = {}
 _lock = threading.Lock()
 _local = threading.local()
 
 
-def kernel(spec: Spec) -> Callable[..., Any]:
+def kernel(spec: Kernel) -> Callable[..., Any]:
     """The compiled function of ``spec``, from memory, else from disk, else compiled (about a third of a second)."""
     found = _ready.get(spec)
     if found is not None:
@@ -63,13 +67,13 @@ def clear() -> None:
         _ready.clear()
 
 
-def path_of(spec: Spec) -> Path:
+def path_of(spec: Kernel) -> Path:
     """The file of one kernel, whether it exists or not."""
     identity = "\n".join([repr(spec), repr(host()), _versions(), _sources()])
     return folder() / f"{spec.kind}-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.so"
 
 
-def _open(spec: Spec) -> Callable[..., Any]:
+def _open(spec: Kernel) -> Callable[..., Any]:
     import tvm
 
     path = path_of(spec)
@@ -78,15 +82,22 @@ def _open(spec: Spec) -> Callable[..., Any]:
             function = tvm.runtime.load_module(str(path))["main"]
             counts["loaded"] += 1
             return function
-    from anncvt.runtime.kernels.training import generate
-
-    cpu = host()
-    module = tvm.compile(tvm.IRModule({"main": generate(spec, cpu)}), cpu.target())
+    module = tvm.compile(tvm.IRModule({"main": _generate(spec)}), host().target())
     counts["compiled"] += 1
     # Without a writable folder or a C compiler to link with, the kernel still runs; the next process compiles it again.
     with contextlib.suppress(OSError, RuntimeError):
         _store(module, path)
     return module["main"]
+
+
+def _generate(spec: Kernel) -> Any:
+    if isinstance(spec, IntegerLayer):
+        from anncvt.runtime.kernels import integer_plan
+
+        return integer_plan.generate(spec).with_attr("global_symbol", "main")
+    from anncvt.runtime.kernels import training
+
+    return training.generate(spec, host())
 
 
 def _store(module: Any, path: Path) -> None:
@@ -124,6 +135,6 @@ def _versions() -> str:
 @functools.cache
 def _sources() -> str:
     here = Path(__file__).parent
-    names = ("training.py", "gradients.py", "microkernel.py", "tir.py", "spec.py", "target.py", "../geometry.py")
-    content = b"".join((here / name).read_bytes() for name in names)
+    paths = [here.parent / "geometry.py", *sorted(here.glob("*.py"))]
+    content = b"".join(path.read_bytes() for path in paths)
     return hashlib.sha256(content).hexdigest()

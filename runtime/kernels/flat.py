@@ -13,15 +13,21 @@ from tvm.tirx.script.builder import ir as T
 from anncvt.runtime.kernels.layer import LANES
 
 
-def function(shapes: Mapping[str, tuple[int, ...]], body: Callable[..., None]) -> tirx.PrimFunc:
-    """A PrimFunc of float32 arguments ``shapes`` (the last is the output); ``body(**buffers)`` emits its statements."""
+def function(
+    shapes: Mapping[str, tuple[Any, ...]], body: Callable[..., None], dtypes: Mapping[str, str] | None = None
+) -> tirx.PrimFunc:
+    """A PrimFunc of arguments ``shapes`` (the last is the output), float32 where ``dtypes`` does not say otherwise.
+
+    ``body(**buffers)`` emits its statements. A size may be a variable.
+    """
+    kinds = dict.fromkeys(shapes, "float32") | dict(dtypes or {})
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("kernel")
             T.func_attr({"tirx.noalias": True, "op_pattern": 8})  # 8: opaque, the graph fusion leaves it alone
-            arguments = {key: T.arg(key, T.buffer(shape, "float32")) for key, shape in shapes.items()}
+            arguments = {key: T.arg(key, T.buffer(shape, kinds[key])) for key, shape in shapes.items()}
             flat = {
-                key: T.decl_buffer((math.prod(shapes[key]),), "float32", data=argument.data)
+                key: T.decl_buffer((math.prod(shapes[key]),), kinds[key], data=argument.data)
                 for key, argument in arguments.items()
             }
             with T.sblock("root"):  # the graph passes expect one

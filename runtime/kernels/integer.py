@@ -1,0 +1,215 @@
+"""Integer inference kernels: adder layers of uint8 operands, convolutions of uint8 and int8, requantised in the end.
+
+The output channels of one pixel are the lanes of a few vectors of sums (a panel); a tile of pixels is kept in
+registers, and a few input channels of a pixel, broadcast, meet the weights of all lanes in one step (see
+:mod:`anncvt.runtime.kernels.integer_forms`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as B
+
+from anncvt.runtime.kernels.flat import function, prefetch
+from anncvt.runtime.kernels.integer_forms import Form
+from anncvt.runtime.kernels.integer_input import Cells, Input
+from anncvt.runtime.kernels.integer_layer import IntegerLayer
+from anncvt.runtime.kernels.integer_output import DTYPES, Output, arguments, ramp, splat
+from anncvt.runtime.kernels.integer_tiling import IntegerTiling, panels_of, spans
+from anncvt.runtime.kernels.layer import LANES, blocks
+
+
+def build(layer: IntegerLayer, form: Form, cut: IntegerTiling) -> tirx.PrimFunc:
+    """The kernel of a layer that is not depthwise, for any batch.
+
+    Arguments: see :meth:`anncvt.runtime.kernels.integer_plan.Plan.build`.
+    """
+    return _Kernel(layer, form, cut).function()
+
+
+def cells_of(layer: IntegerLayer, form: Form) -> Cells:
+    """How the input channels of a group are cut: whole blocks, or what the steps of ``form`` need."""
+    depth, (_, columns) = layer.depth, layer.kernel
+    if layer.in_place:
+        return Cells(LANES, blocks(depth), depth, LANES, columns)
+    if layer.mode == "conv" and layer.dilation[1] == 1 and depth * columns <= MOST_SPANNED:
+        return Cells(-(-depth * columns // form.group) * form.group, 1, depth, depth, 1)
+    size = -(-min(depth, LANES) // form.group) * form.group
+    return Cells(size, -(-depth // size), depth, size, columns)
+
+
+#: Weights beyond this are not in the second-level cache when their turn comes.
+STREAM_BYTES = 256 << 10
+LINE_BYTES = 64
+#: Elements of a cell that spans kernel columns: its steps are all written out.
+MOST_SPANNED = 48
+
+
+class _Tile(NamedTuple):
+    """Output pixels summed in registers, relative to the work item."""
+
+    top: Any
+    left: Any
+    tall: int
+    wide: int
+
+
+class _Kernel:
+    """Builds one PrimFunc. All buffers are addressed flat, so index arithmetic is written once, here."""
+
+    def __init__(self, layer: IntegerLayer, form: Form, cut: IntegerTiling) -> None:
+        self.layer, self.form, self.cut = layer, form, cut
+        self.height, self.width = layer.out_size
+        self.row_blocks = -(-self.height // cut.rows)
+        self.panel = cut.vectors * form.lanes
+        self.panels = panels_of(layer, form, cut.vectors)
+        self.all_panels = layer.groups * self.panels
+        self.parts = -(-self.all_panels // cut.panels)
+        self.item_groups = 1 if layer.groups == 1 else cut.panels // self.panels
+        self.cells = cells_of(layer, form)
+        self.input = Input(layer, form.source, self.cells, cut.rows, self.item_groups)
+
+    def function(self) -> tirx.PrimFunc:
+        batch = tirx.Var("n", "int32")
+        shapes, dtypes = signature(self.layer, self.form, self.cut, batch)
+        return function(shapes, lambda **buffers: self._body(batch, buffers), dtypes)
+
+    def _body(self, batch: Any, buffers: dict[str, Any]) -> None:
+        cut = self.cut
+        self.weight = buffers["weight"]
+        self.output = Output(self.layer, self.form, buffers)
+        with B.parallel(batch * (self.row_blocks * self.parts)) as item:
+            image = item // (self.row_blocks * self.parts)
+            row = tirx.min(item // self.parts % self.row_blocks * cut.rows, self.height - cut.rows)
+            first = tirx.min(item % self.parts * cut.panels, self.all_panels - cut.panels)
+            group = first // self.panels if self.layer.groups > 1 else tirx.const(0, "int32")
+            source, base = self.input.read(buffers["x"], buffers["parameters"], image, row, group)
+            sums = self._patch_sums(source, base) if self.form.maxima else None
+            with B.serial(cut.panels) as panel:
+                self._panel(image, row, first + panel, panel // self.panels, source, base, sums)
+            self._clear(image, row, item % self.parts)
+
+    def _patch_sums(self, source: Any, base: Any) -> Any:
+        """``[groups, rows, output width]`` int32: sums over channels and kernel columns; kernel rows come later."""
+        layer, rows = self.layer, self.input.rows
+        result = B.alloc_buffer((self.item_groups * rows * self.width,), "int32")
+        line = B.alloc_buffer((self.input.width,), "int32")
+        with B.serial(self.item_groups) as g, B.serial(rows) as h:
+            with B.serial(self.input.width) as w:
+                lanes = B.alloc_buffer((self.cells.size,), "int32")
+                at = base + g * (self.cells.number * self.input.plane) + (h * self.input.width + w) * self.cells.pitch
+                B.buffer_store(lanes, splat(0, "int32", self.cells.size), [ramp(0, self.cells.size)])
+                with B.serial(self.cells.number) as c:
+                    pixel = source[ramp(at + c * self.input.plane, self.cells.size)].astype(f"int32x{self.cells.size}")
+                    B.buffer_store(lanes, lanes[ramp(0, self.cells.size)] + pixel, [ramp(0, self.cells.size)])
+                B.buffer_store(line, sum((lanes[c] for c in range(1, self.cells.size)), lanes[0]), [w])
+            with B.serial(self.width) as w:
+                taps = [line[w * self.input.stride[1] + k * layer.dilation[1]] for k in range(layer.kernel[1])]
+                B.buffer_store(result, sum(taps[1:], taps[0]), [(g * rows + h) * self.width + w])
+        return result
+
+    def _panel(self, image: Any, row: Any, panel: Any, group: Any, source: Any, base: Any, sums: Any) -> None:
+        """All pixels of a work item for the output channels of one panel; ``group`` counts within the item."""
+        cut = self.cut
+        rows, width = (1, cut.rows * self.width) if self.layer.pointwise else (cut.rows, self.width)
+        group = group if self.layer.groups > 1 else tirx.const(0, "int32")
+        before, tiles = 0, -(-rows // cut.height) * -(-width // cut.width)
+        for (y0, tall_tiles, tall), (x0, wide_tiles, wide) in itertools.product(
+            spans(rows, cut.height), spans(width, cut.width)
+        ):
+            with B.serial(tall_tiles) as i, B.serial(wide_tiles) as j:
+                tile = _Tile(y0 + i * tall, x0 + j * wide, tall, wide)
+                self._expect(panel, before + i * wide_tiles + j, tiles)
+                vectors = tall * wide * cut.vectors
+                accumulator = B.alloc_buffer((vectors * self.form.lanes,), self.form.sums)
+                for v in range(vectors):
+                    B.buffer_store(accumulator, splat(0, self.form.sums, self.form.lanes), [self._sum(v)])
+                self._taps(accumulator, panel, base + group * (self.cells.number * self.input.plane), source, tile)
+                self._results(accumulator, image, row, panel, group, sums, tile)
+            before += tall_tiles * wide_tiles
+
+    def _expect(self, panel: Any, tile: Any, tiles: int) -> None:
+        """Ask for a part of the weights of the next panel, which stream from beyond the second-level cache."""
+        size = self.cells.number * self.layer.kernel[0] * self.cells.columns * self.cells.size * self.panel
+        bytes_each = 2 if self.form.weight == "int16" else 1
+        if size * bytes_each * self.all_panels > STREAM_BYTES:
+            lines = -(-size * bytes_each // (LINE_BYTES * tiles))
+            with B.serial(lines) as line:
+                prefetch(self.weight, (panel + 1) * size + (tile * lines + line) * (LINE_BYTES // bytes_each))
+
+    def _sum(self, vector: int) -> Any:
+        return ramp(vector * self.form.lanes, self.form.lanes)
+
+    def _taps(self, accumulator: Any, panel: Any, base: Any, source: Any, tile: _Tile) -> None:
+        layer, form, vectors = self.layer, self.form, self.cut.vectors
+        kh, kw = layer.kernel[0], self.cells.columns
+        operand = form.group * form.lanes
+        with B.serial(self.cells.number) as c, B.serial(kh) as r, B.serial(kw) as s:
+            weights = (((panel * self.cells.number + c) * kh + r) * kw + s) * (self.cells.size * self.panel)
+            origin = base + c * self.input.plane
+            origin = origin + (tile.top * self.input.stride[0] + r * layer.dilation[0]) * (
+                self.input.width * self.cells.pitch
+            )
+            origin = origin + (tile.left * self.input.stride[1] + s * layer.dilation[1]) * self.cells.pitch
+            for step, i, j in itertools.product(
+                range(self.cells.size // form.group), range(tile.tall), range(tile.wide)
+            ):
+                pixel = (i * self.input.stride[0] * self.input.width + j * self.input.stride[1]) * self.cells.pitch
+                x = source[ramp(origin + pixel + step * form.group, form.group)]
+                for v in range(vectors):
+                    w = self.weight[ramp(weights + (step * vectors + v) * operand, operand)]
+                    at = self._sum((i * tile.wide + j) * vectors + v)
+                    combine = form.alternate if form.alternate and step % 2 else form.step
+                    B.buffer_store(accumulator, combine(accumulator[at], x, w), [at])
+
+    def _results(self, accumulator: Any, image: Any, row: Any, panel: Any, group: Any, sums: Any, tile: _Tile) -> None:
+        layer, cut, output = self.layer, self.cut, self.output
+        for i, j in itertools.product(range(tile.tall), range(tile.wide)):
+            found = [accumulator[self._sum((i * tile.wide + j) * cut.vectors + v)] for v in range(cut.vectors)]
+            if sums is not None:
+                at = (group * self.input.rows + (tile.top + i) * self.input.stride[0]) * self.width + tile.left + j
+                rows = [sums[at + k * layer.dilation[0] * self.width] for k in range(layer.kernel[0])]
+                patch = tirx.Broadcast(sum(rows[1:], rows[0]), self.form.lanes)
+                found = [total - patch + total for total in found]
+            constants = panel * self.panel
+            if layer.out_in_place:
+                self._store(found, constants, image, row + tile.top + i, tile.left + j)
+            else:
+                channel = panel % self.panels * self.panel
+                valid = layer.filters - channel
+                at = output.address(image, 0, row + tile.top + i, tile.left + j)
+                plane = self.height * self.width * LANES
+                output.scatter(found, constants, panel // self.panels * layer.filters + channel, valid, at, plane)
+
+    def _store(self, found: list[Any], constants: Any, image: Any, row: Any, column: Any) -> None:
+        """Panels are whole blocks or parts of one; those of a group follow each other without a gap."""
+        piece = min(LANES, self.panel) // self.form.lanes
+        for v in range(0, self.cut.vectors, piece):
+            first = constants + v * self.form.lanes
+            at = self.output.address(image, first // LANES, row, column) + first % LANES
+            self.output.store(found[v : v + piece], first, first, at)
+
+    def _clear(self, image: Any, row: Any, part: Any) -> None:
+        """The lanes beyond the last channel that no panel covers."""
+        layer = self.layer
+        covered = self.all_panels * self.panel if layer.out_in_place else layer.out_channels
+        if covered < blocks(layer.out_channels) * LANES:
+            with B.If(part == self.parts - 1), B.Then(), B.serial(self.cut.rows) as h, B.serial(self.width) as w:
+                self.output.clear(image, row + h, w, covered)
+
+
+def signature(
+    layer: IntegerLayer, form: Form, cut: IntegerTiling, batch: Any
+) -> tuple[dict[str, tuple[Any, ...]], dict[str, str]]:
+    """Shapes and dtypes of a kernel's arguments, in order."""
+    panels = layer.groups * panels_of(layer, form, cut.vectors)
+    panel = cut.vectors * form.lanes
+    cells = cells_of(layer, form)
+    shapes: dict[str, tuple[Any, ...]] = {
+        "x": (batch, *layer.in_shape),
+        "weight": (panels, cells.number, layer.kernel[0], cells.columns, cells.size // form.group, panel * form.group),
+    }
+    return arguments(layer, shapes, panels * panel, batch), {**DTYPES, "weight": form.weight, "y": layer.result}

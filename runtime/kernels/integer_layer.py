@@ -1,0 +1,91 @@
+"""What an integer kernel computes: the description that generator, tiling and packing share.
+
+Activations are blocked, ``[N, ceil(C/16), H, W, 16]`` uint8 (NCHW16c); lanes beyond ``C`` are zero in every blocked
+tensor, and all kernels keep it so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anncvt.runtime.geometry import NO_PADDING, Padding, output_size
+from anncvt.runtime.kernels.layer import LANES, blocks
+
+#: Entries of a kernel's ``parameters`` (int32).
+PARAMETERS = ("zero", "shift", "low", "high", "residual")
+
+
+@dataclass(frozen=True)
+class IntegerLayer:
+    """One layer for any batch size.
+
+    ``mode``: ``"adder"``, ``-sum |x-w|`` of uint8 operands, where a padded pixel has the value ``zero``; or ``"conv"``,
+    ``sum (x-zero)*w`` of uint8 and int8, where it counts 0.
+
+    ``result``: ``"int32"``, those sums; or ``"uint8"``, requantised: ``clamp((t + 2^(shift-1)) >> shift, low, high)``
+    of ``t = sum*multiplier + offset [+ r*residual]`` with a uint8 residual ``r``, in int64.
+    """
+
+    mode: str
+    in_channels: int
+    size: tuple[int, int]  # input height, width
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: Padding = NO_PADDING
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    result: str = "uint8"
+    residual: bool = False
+    clamped: bool = True  # False: the range is 0..255, to which bytes are saturated anyway
+    wide: bool = False  # shifted values may not fit int32 and are clamped before they are narrowed
+    blocked: bool = True  # False: x is plain [N, C, H, W] (the network's input)
+
+    @property
+    def kind(self) -> str:
+        """The name of such kernels."""
+        return f"integer_{self.mode}"
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        return output_size(self.size, self.kernel, self.stride, self.padding, self.dilation)
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """Without the batch."""
+        return (blocks(self.in_channels), *self.size, LANES) if self.blocked else (self.in_channels, *self.size)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Without the batch."""
+        return (blocks(self.out_channels), *self.out_size, LANES)
+
+    @property
+    def depth(self) -> int:
+        """Input channels of one group."""
+        return self.in_channels // self.groups
+
+    @property
+    def filters(self) -> int:
+        """Output channels of one group."""
+        return self.out_channels // self.groups
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether channels meet only themselves: they are the lanes then."""
+        return self.blocked and self.groups > 1 and self.depth == self.filters == 1
+
+    @property
+    def pointwise(self) -> bool:
+        """A 1x1 window: the image is one long row of pixels."""
+        return self.kernel == (1, 1)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether blocks of input channels are not shared by groups, so that they can be read as they are stored."""
+        return self.blocked and (self.groups == 1 or self.depth % LANES == 0 or self.depthwise)
+
+    @property
+    def out_in_place(self) -> bool:
+        """The same of the output."""
+        return self.groups == 1 or self.filters % LANES == 0

@@ -1,0 +1,78 @@
+"""Kernels are compiled to the instructions they are written for, on processors that need not be here."""
+
+import re
+
+import pytest
+
+pytest.importorskip("tvm")
+
+import tvm
+
+from anncvt.runtime.geometry import Padding
+from anncvt.runtime.kernels import inference
+from anncvt.runtime.kernels.deployment import Deployment
+from anncvt.runtime.kernels.integer_layer import IntegerLayer
+from anncvt.runtime.kernels.integer_plan import Plan
+from anncvt.runtime.kernels.layer import Layer
+from anncvt.runtime.kernels.tiling import tiling
+
+X86, ARM = "llvm -mtriple=x86_64-linux-gnu -mcpu=", "llvm -mtriple=aarch64-linux-gnu -mcpu="
+ONE = Padding(1, 1, 1, 1)
+
+
+def assembly(function: tvm.tirx.PrimFunc, deployment: Deployment) -> str:
+    module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
+    return str(tvm.compile(module, deployment.target).mod.inspect_source("asm"))
+
+
+def counts(text: str, *patterns: str) -> list[int]:
+    """How many instructions match each of ``patterns`` (name and, after a space, some of the operands)."""
+    shaped = [pattern.replace(" ", r"\s.*") for pattern in patterns]
+    return [len(re.findall(rf"^\s+{pattern}", text, re.MULTILINE)) for pattern in shaped]
+
+
+@pytest.mark.parametrize(
+    ("target", "mode", "pair"),
+    [
+        (X86 + "x86-64", "adder", ("psadbw %xmm", "paddq %xmm")),
+        (X86 + "x86-64-v3", "adder", ("vpsadbw %ymm", "vpaddq %ymm")),
+        (X86 + "x86-64-v4", "adder", ("vpsadbw %zmm", "vpaddq %zmm")),
+        (X86 + "cascadelake", "adder", ("vpmaxub %zmm", "vpdpbusd %zmm")),
+        (ARM + "cortex-a72", "adder", ("uabal v", "uabdl v")),
+        (ARM + "neoverse-n1", "adder", ("uabd v", "udot v")),
+        (X86 + "x86-64", "conv", ("pmaddwd %xmm", "paddd %xmm")),
+        (X86 + "x86-64-v3", "conv", ("vpmaddwd %ymm", "vpaddd %ymm")),
+        (X86 + "x86-64-v4", "conv", ("vpmaddwd %zmm", "vpaddd %zmm")),
+        (X86 + "cascadelake", "conv", ("vpdpbusd %zmm", "vpdpbusd %zmm")),
+        (ARM + "cortex-a72", "conv", (r"smlal v\d+\.4s", "ld1r v")),
+    ],
+)
+def test_integer_kernels(target: str, mode: str, pair: tuple[str, str]) -> None:
+    deployment = Deployment.parse(target)
+    plan = Plan.of(IntegerLayer(mode, 64, (14, 14), 64, (3, 3), padding=ONE), deployment)
+    steps = plan.cut.height * plan.cut.width * plan.cut.vectors
+    first, second = counts(assembly(plan.build(), deployment), *pair)
+    assert first >= steps and second >= min(steps, 4), "at least one register tile of them"
+
+
+def test_sums_stay_in_registers() -> None:
+    """The inner loop of the AVX2 adder: eight sums, and nothing is written to memory."""
+    deployment = Deployment.parse(X86 + "x86-64-v3")
+    plan = Plan.of(IntegerLayer("adder", 256, (14, 14), 64, (3, 3), padding=ONE), deployment)
+    loops = re.split(r"^\.LBB\w+:", assembly(plan.build(), deployment), flags=re.MULTILINE)
+    inner = [loop for loop in loops if counts(loop, "vpsadbw %ymm")[0] >= 16]
+    assert inner
+    for loop in inner:
+        body = loop[: loop.rindex("vpsadbw")]
+        assert not re.search(r"vmovdq\w\s+%ymm\d+, [^%\n]*\(", body[body.index("vpsadbw") :])
+
+
+@pytest.mark.parametrize(
+    ("mode", "instructions"), [("max", ("fmla v",)), ("abs", ("fabd v", "fadd v")), ("conv", ("fmla v",))]
+)
+@pytest.mark.parametrize("cpu", ["cortex-a72", "neoverse-n1"])
+def test_float_kernels_on_arm(cpu: str, mode: str, instructions: tuple[str, ...]) -> None:
+    deployment = Deployment.parse(ARM + cpu)
+    layer = Layer(mode, 1, 32, (14, 14), 32, (3, 3), padding=ONE)
+    text = assembly(inference.build(layer, tiling(layer, deployment.accumulators)), deployment)
+    assert all(count >= 4 * deployment.accumulators for count in counts(text, *instructions))

@@ -37,6 +37,7 @@ from anncvt.passes.pairing import gradients, outputs_of, pairs
 from anncvt.passes.schedule import cosine, set_rates
 from anncvt.program import Program
 from anncvt.progress import SILENT, Progress, Task
+from anncvt.runtime.warmup import compile_kernels
 
 if TYPE_CHECKING:
     from anncvt.images import Images
@@ -109,6 +110,8 @@ def distill(
     run = _Training(program, train, config, Path(folder))
     if resume:
         run.restore()
+    with gradients(run.paired, config.gradient):
+        compile_kernels(run.student, program.preprocess.input_size, progress)
     with progress.task("distil", config.epochs * run.steps_per_epoch) as task:
         task.advance(run.step)
         accuracy = run.train(test, task)

@@ -99,6 +99,10 @@ def full_weight_gradient(
     pad = expand_padding(padding)
     symmetric = pad.top == pad.bottom and pad.left == pad.right
     source, amount = (x, [pad.top, pad.left]) if symmetric else (_pad(x, pad), [0, 0])
+    if tuple(weight.shape[2:]) == (1, 1) and max(stride) > 1:
+        # Only the pixels that are met: for strided 1x1 windows of few channels oneDNN 3.12 writes beyond its workspace.
+        source, amount = _window(_pad(x, pad), 0, 0, stride, dilation, (grad.shape[2], grad.shape[3])), [0, 0]
+        stride = (1, 1)
     of_convolution = torch.ops.aten.convolution_backward(
         grad, source, weight, None, list(stride), amount, list(dilation), False, [0, 0], groups, [False, True, False]
     )[1]

@@ -37,7 +37,8 @@ def images(count=96):
 
 def program():
     torch.manual_seed(0)
-    network = Residual()
+    # 16 channels: oneDNN 3.12 damages memory in the strided 1x1 convolutions of a learning teacher with fewer.
+    network = Residual(16)
     optimizer = torch.optim.Adam(network.parameters(), 0.01)
     data = images()
     x = (data.pixels.float() / 255 - 0.45) / 0.22
@@ -89,7 +90,7 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bits(tmp_path, config, at)
             raise Stop
 
     with pytest.raises(Stop):
-        distill(program(), images(), None, config, folder=tmp_path / "cut", progress=Recorder(bomb))
+        distill(program(), images(), None, config, folder=tmp_path / "cut", progress=Recorder(bomb, "distil"))
     resumed = distill(program(), images(), None, config, folder=tmp_path / "cut", resume=True)
     expected, got = weights(undisturbed), weights(resumed)
     assert all(torch.equal(value, got[name]) for name, value in expected.items())

@@ -3,7 +3,7 @@
 The folder is ``ANNCVT_CACHE`` (default ``~/.cache/anncvt/kernels``). An entry's name is a hash of everything that made
 it: the spec, the generators' source, the processor, the compiler's version. It is written under a temporary name and
 renamed, so processes may share the folder; it ends with a checksum, so a damaged one is noticed before it is loaded,
-and replaced.
+and replaced. Beyond ``LIMIT`` bytes the entries that were not used for longest go.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import contextlib
 import functools
 import hashlib
 import os
+import shutil
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,9 @@ from typing import Any
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
 from anncvt.runtime.kernels.spec import Spec
 from anncvt.runtime.kernels.target import host
+
+LIMIT = 256 << 20
+"""Bytes that the folder may hold: several thousand kernels."""
 
 counts: Counter[str] = Counter()
 """How many kernels this process ``compiled`` and ``loaded`` from disk."""
@@ -81,6 +86,7 @@ def _open(spec: Kernel) -> Callable[..., Any]:
         with contextlib.suppress(RuntimeError, OSError):
             function = tvm.runtime.load_module(str(path))["main"]
             counts["loaded"] += 1
+            os.utime(path)  # the access times of a file system may be off
             return function
     module = tvm.compile(tvm.IRModule({"main": _generate(spec)}), host().target())
     counts["compiled"] += 1
@@ -113,6 +119,25 @@ def _store(module: Any, path: Path) -> None:
         with open(fresh, "ab") as file:
             file.write(hashlib.sha256(fresh.read_bytes()).digest())
         os.replace(fresh, path)
+    _trim(path.parent)
+
+
+def _trim(kept: Path) -> None:
+    """Delete what was not used for longest until the folder is small enough, and what interrupted processes left."""
+    entries = []
+    for path in kept.iterdir():
+        with contextlib.suppress(OSError):  # another process trims too
+            status = path.stat()
+            if path.suffix == ".so":
+                entries.append((status.st_mtime, status.st_size, path))
+            elif path.name.startswith(".new-") and status.st_mtime < time.time() - 3600:
+                shutil.rmtree(path, ignore_errors=True)
+    total = sum(size for _, size, _ in entries)
+    for _, size, path in sorted(entries):
+        if total <= LIMIT:
+            break
+        path.unlink(missing_ok=True)
+        total -= size
 
 
 def _intact(path: Path) -> bool:

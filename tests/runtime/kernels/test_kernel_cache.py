@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -76,6 +77,36 @@ def test_a_machine_without_a_linker_compiles_in_memory(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     assert run() == {"compiled": 1}
     assert not cache.folder().exists()
+
+
+def test_the_folder_is_bounded_and_keeps_what_was_used_last(monkeypatch):
+    run()
+    (used,) = cache.folder().iterdir()
+    size = used.stat().st_size
+    for age in range(1, 4):
+        other = cache.folder() / f"other{age}.so"
+        other.write_bytes(bytes(size))
+        os.utime(other, (time.time() - 100 * age,) * 2)
+    os.utime(used, (time.time() - 1000,) * 2)
+    cache.clear()
+    run()  # loads it, which makes it the newest
+    monkeypatch.setattr(cache, "LIMIT", 3 * size)
+    run(replace(CASE, stride=(2, 1)))
+    assert used.exists()
+    assert not (cache.folder() / "other3.so").exists()
+    assert sum(path.stat().st_size for path in cache.folder().iterdir()) <= 3 * size
+
+
+def test_leftovers_of_interrupted_processes_go():
+    run()
+    old, new = (cache.folder() / name for name in (".new-old", ".new-now"))
+    for leftover in (old, new):
+        leftover.mkdir()
+        (leftover / "half.so").write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    run(replace(CASE, stride=(2, 1)))
+    assert not old.exists()
+    assert new.exists(), "may belong to a process at work"
 
 
 def test_processes_share_the_folder():

@@ -120,7 +120,7 @@ def _sad(intrinsic: str, bits: int, registers: int) -> Form:
         halves = f"int32x{2 * lanes}"
         return T.reinterpret(f"int64x{lanes}", T.reinterpret(halves, sums) + T.reinterpret(halves, difference))
 
-    return Form("sad", lanes, 8, registers, 2, step, sums="int64", alternate=alternate)
+    return Form("sad", lanes, 8, registers, min(4, 16 // lanes), step, sums="int64", alternate=alternate)
 
 
 def _multiply_pairs(intrinsic: str, bits: int, registers: int) -> Form:

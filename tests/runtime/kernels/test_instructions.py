@@ -7,13 +7,16 @@ import pytest
 pytest.importorskip("tvm")
 
 import tvm
+from torch import Tensor, nn
 
+from anncvt.nn import AdderConv2d
 from anncvt.runtime.geometry import Padding
 from anncvt.runtime.kernels import inference
 from anncvt.runtime.kernels.deployment import Deployment
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
 from anncvt.runtime.kernels.integer_plan import Plan
 from anncvt.runtime.kernels.layer import Layer
+from anncvt.runtime.kernels.network import export, lower
 from anncvt.runtime.kernels.tiling import tiling
 
 X86, ARM = "llvm -mtriple=x86_64-linux-gnu -mcpu=", "llvm -mtriple=aarch64-linux-gnu -mcpu="
@@ -65,6 +68,19 @@ def test_sums_stay_in_registers() -> None:
     for loop in inner:
         body = loop[: loop.rindex("vpsadbw")]
         assert not re.search(r"vmovdq\w\s+%ymm\d+, [^%\n]*\(", body[body.index("vpsadbw") :])
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+def test_networks_take_the_absolute_difference_on_arm() -> None:
+    deployment = Deployment.parse(ARM + "cortex-a72")
+    module, _ = lower({"main": export(nn.Sequential(AdderConv2d(32, 32, 3), Mean()), (1, 32, 6, 6))}, deployment)
+    kernels = [function for _, function in module.functions_items() if isinstance(function, tvm.tirx.PrimFunc)]
+    found = [counts(assembly(kernel, deployment), "fabd v")[0] for kernel in kernels]
+    assert max(found) >= 4 * deployment.accumulators
 
 
 @pytest.mark.parametrize(

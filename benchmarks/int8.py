@@ -58,13 +58,14 @@ def main() -> None:
     print(
         f"{'layer, batch ' + str(options.batch):30}" + "".join(f"{name:>18}" for name in COLUMNS) + "   share, ratios"
     )
+    cores = options.threads if options.clock == "wall" else 1  # processor time is that of all of them
     rows, totals, shares = [], dict.fromkeys(COLUMNS, 0.0), []
     for layer in [STEM, *RESNET50]:
         times = layer_times(layer, options.batch, options)
         totals = {name: totals[name] + layer.count * times[name] for name in COLUMNS}
         speed = {name: layer.ops(options.batch) / times[name] / 1e9 for name in COLUMNS}
         ratios = [times["adder"] / times[name] for name in COLUMNS[2:]]
-        share = speed["adder"] / (limit * options.threads) if limit and layer is not STEM else float("nan")
+        share = speed["adder"] / (limit * cores) if limit and layer is not STEM else float("nan")
         shares.append(share)
         figures = "".join(f"{speed[name]:18.1f}" for name in COLUMNS)
         print(f"{layer!s:30}{figures}   {share:.2f}  {ratios[0]:.2f} {ratios[1]:.2f}", flush=True)

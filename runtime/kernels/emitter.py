@@ -94,7 +94,7 @@ class Emitter:
         batch, channels, height, width = (*x.shape, 1, 1)[:4]
         out, _, *kernel = source.weight.shape
         layer = Layer(
-            source.mode,
+            self._mode(source.mode),
             batch,
             channels,
             (height, width),
@@ -113,6 +113,10 @@ class Emitter:
         arguments += self._residual(pending)
         kernel = self._call(layer, lambda: self._kernel(layer), arguments, layer.out_shape)
         return Value(kernel, pending.shape, True)
+
+    def _mode(self, mode: str) -> str:
+        """Arm has an absolute difference of floats, and LLVM makes two instructions of a maximum there."""
+        return "abs" if mode == "max" and self.target.architecture == "aarch64" else mode
 
     def _kernel(self, layer: Layer) -> tirx.PrimFunc:
         return inference.build(layer, tiling(layer, self.target.accumulators), self.target.assembly)

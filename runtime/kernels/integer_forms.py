@@ -32,8 +32,8 @@ from tvm.script import tirx as T
 class Form:
     """One way to compute ``sums + (x meets w)``.
 
-    ``registers`` vectors of ``sums`` fit the register file beside the operands; the outputs of a pixel fill up to
-    ``vectors`` of them.
+    ``registers`` vectors of ``sums`` fit the register file beside the operands. They must be less than 1 KB: TVM puts
+    larger buffers on the heap, and LLVM leaves them in memory. The outputs of a pixel fill up to ``vectors`` of them.
     """
 
     name: str
@@ -92,7 +92,7 @@ def _x86_adder(features: tuple[str, ...]) -> Form:
     if "avx512vnni" in features:
         return Form("max_dot", 16, 4, 14, 2, _max_dot, maxima=True)
     if "avx512bw" in features:
-        return _sad("llvm.x86.avx512.psad.bw.512", 512, 24)
+        return _sad("llvm.x86.avx512.psad.bw.512", 512, 14)
     if "avx2" in features:
         return _sad("llvm.x86.avx2.psad.bw", 256, 8)
     return _sad("llvm.x86.sse2.psad.bw", 128, 8)
@@ -102,7 +102,7 @@ def _x86_convolution(features: tuple[str, ...]) -> Form:
     if "avx512vnni" in features:
         return Form("dot", 16, 4, 14, 2, _dot, weight="int8")
     if "avx512bw" in features:
-        return _multiply_pairs("llvm.x86.avx512.pmaddw.d.512", 512, 24)
+        return _multiply_pairs("llvm.x86.avx512.pmaddw.d.512", 512, 12)
     if "avx2" in features:
         return _multiply_pairs("llvm.x86.avx2.pmadd.wd", 256, 6)
     return _multiply_pairs("llvm.x86.sse2.pmadd.wd", 128, 6)
@@ -120,7 +120,7 @@ def _sad(intrinsic: str, bits: int, registers: int) -> Form:
         halves = f"int32x{2 * lanes}"
         return T.reinterpret(f"int64x{lanes}", T.reinterpret(halves, sums) + T.reinterpret(halves, difference))
 
-    return Form("sad", lanes, 8, registers, 2, step, sums="int64", alternate=alternate)
+    return Form("sad", lanes, 8, registers, min(4, 16 // lanes), step, sums="int64", alternate=alternate)
 
 
 def _multiply_pairs(intrinsic: str, bits: int, registers: int) -> Form:

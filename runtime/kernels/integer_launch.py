@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -59,6 +60,7 @@ class IntegerOperator:
         self._wide = end is not None and wide(mode, self._weight, end)
         self._mode = mode
         self._constants: dict[bool, list[Tensor]] = {}
+        self._calls: dict[tuple[int, tuple[int, ...], bool], _Call] = {}
 
     def __call__(self, x: Array, residual: Array | None = None) -> Array:
         """The layer of ``x`` ``[N, C, H, W]`` uint8, with ``residual`` ``[N, O, H', W']`` uint8 added before the shift.
@@ -77,17 +79,26 @@ class IntegerOperator:
 
         ``x``, with ``channels`` channels, may also be plain ``[N, C, H, W]``.
         """
-        layer = self._layer(channels, (x.shape[2], x.shape[3]), residual is not None, x.dim() == 5)
-        y = torch.empty(x.shape[0], *layer.out_shape, dtype=getattr(torch, layer.result)) if out is None else out
+        key = (channels, x.shape[1:], residual is not None)
+        call = self._calls.get(key)
+        if call is None:
+            call = self._calls[key] = self._prepare(channels, (x.shape[2], x.shape[3]), residual is not None, x.dim())
+        y = torch.empty(x.shape[0], *call.out_shape, dtype=call.dtype) if out is None else out
+        cache.use_threads(torch.get_num_threads())
+        ends = [x, y] if residual is None else [x, residual, y]
+        if 0 < x.shape[0] <= call.most:
+            call(ends)
+        elif x.shape[0]:
+            for parts in zip(*(end.split(call.most) for end in ends), strict=True):
+                call(list(parts))
+        return y
+
+    def _prepare(self, channels: int, size: tuple[int, int], residual: bool, rank: int) -> _Call:
+        layer = self._layer(channels, size, residual, rank == 5)
         if layer.blocked not in self._constants:  # the same for every image size
             packed = Plan.of(layer, Deployment.parse("cpu")).pack(self._weight, self._zero, self._end)
-            self._constants[layer.blocked] = [torch.from_numpy(array) for array in packed]
-        most = max(1, _MOST_ELEMENTS // max(x[:1].numel(), y[:1].numel(), 1))
-        for start in range(0, x.shape[0], most):
-            part = slice(start, start + most)
-            ends = [y[part]] if residual is None else [residual[part], y[part]]
-            self._run(layer, [x[part], *self._constants[layer.blocked], *ends])
-        return y
+            self._constants[layer.blocked] = [torch.from_numpy(array).clone() for array in packed]
+        return _Call(layer, self._constants[layer.blocked])
 
     def _layer(self, channels: int, size: tuple[int, int], residual: bool, blocked: bool) -> IntegerLayer:
         out, _, kh, kw = self._weight.shape
@@ -110,12 +121,21 @@ class IntegerOperator:
             blocked=blocked,
         )
 
-    def _run(self, layer: IntegerLayer, arguments: list[Tensor]) -> None:
-        cache.use_threads(torch.get_num_threads())
-        aligned = [a.contiguous() if a.data_ptr() % _ALIGNMENT == 0 else a.clone() for a in arguments]
-        cache.kernel(layer)(*aligned)
-        if aligned[-1] is not arguments[-1]:
-            arguments[-1].copy_(aligned[-1])
+
+class _Call:
+    """A kernel with its constants; ``most`` images at a time."""
+
+    def __init__(self, layer: IntegerLayer, constants: list[Tensor]) -> None:
+        self._kernel, self._constants = cache.kernel(layer), constants
+        self.out_shape, self.dtype = layer.out_shape, getattr(torch, layer.result)
+        self.most = max(1, _MOST_ELEMENTS // max(math.prod(layer.in_shape), math.prod(layer.out_shape)))
+
+    def __call__(self, ends: list[Tensor]) -> None:
+        """``ends``: the input, the residual if there is one, and the output."""
+        x, *others = [a.contiguous() if a.data_ptr() % _ALIGNMENT == 0 else a.clone() for a in ends]
+        self._kernel(x, *self._constants, *others)
+        if others[-1] is not ends[-1]:
+            ends[-1].copy_(others[-1])
 
 
 def to_blocks(x: Tensor) -> Tensor:

@@ -48,10 +48,15 @@ def tiling(layer: IntegerLayer, form: Form) -> IntegerTiling:
 
 
 def panel_vectors(layer: IntegerLayer, form: Form) -> int:
-    """Vectors of sums per pixel: enough for the outputs of a group, and stored in whole blocks where they can be."""
+    """Vectors of sums per pixel: enough for the outputs of a group, and stored in whole blocks where they can be.
+
+    Beyond two only where the weights that belong to them stay in the first-level cache.
+    """
     needed = blocks(layer.filters) * LANES if layer.out_in_place else layer.filters
     fitting = [v for v in range(1, form.vectors + 1) if not layer.out_in_place or needed % (v * form.lanes) == 0]
-    return min(fitting, key=lambda v: (-(-needed // (v * form.lanes)) * v, -v))
+    vector = layer.depth * layer.kernel[0] * layer.kernel[1] * form.lanes
+    near = [v for v in fitting if v <= 2 or v * vector <= NEAR_BYTES] or fitting
+    return min(near, key=lambda v: (-(-needed // (v * form.lanes)) * v, -v))
 
 
 def spans(extent: int, tile: int) -> list[tuple[int, int, int]]:

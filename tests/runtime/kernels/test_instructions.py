@@ -7,13 +7,16 @@ import pytest
 pytest.importorskip("tvm")
 
 import tvm
+from torch import Tensor, nn
 
+from anncvt.nn import AdderConv2d
 from anncvt.runtime.geometry import Padding
 from anncvt.runtime.kernels import inference
 from anncvt.runtime.kernels.deployment import Deployment
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
 from anncvt.runtime.kernels.integer_plan import Plan
 from anncvt.runtime.kernels.layer import Layer
+from anncvt.runtime.kernels.network import export, lower
 from anncvt.runtime.kernels.tiling import tiling
 
 X86, ARM = "llvm -mtriple=x86_64-linux-gnu -mcpu=", "llvm -mtriple=aarch64-linux-gnu -mcpu="
@@ -55,16 +58,41 @@ def test_integer_kernels(target: str, mode: str, pair: tuple[str, str]) -> None:
     assert first >= steps and second >= min(steps, 4), "at least one register tile of them"
 
 
-def test_sums_stay_in_registers() -> None:
-    """The inner loop of the AVX2 adder: eight sums, and nothing is written to memory."""
-    deployment = Deployment.parse(X86 + "x86-64-v3")
-    plan = Plan.of(IntegerLayer("adder", 256, (14, 14), 64, (3, 3), padding=ONE), deployment)
+@pytest.mark.parametrize(
+    ("level", "mode", "instruction"),
+    [
+        ("x86-64", "adder", "psadbw"),
+        ("x86-64-v3", "adder", "vpsadbw"),
+        ("x86-64-v3", "conv", "vpmaddwd"),
+        ("x86-64-v4", "adder", "vpsadbw"),
+        ("x86-64-v4", "conv", "vpmaddwd"),
+        ("cascadelake", "adder", "vpdpbusd"),
+        ("cascadelake", "conv", "vpdpbusd"),
+    ],
+)
+def test_sums_stay_in_registers(level: str, mode: str, instruction: str) -> None:
+    """No vector is written to memory between the steps of an inner loop."""
+    deployment = Deployment.parse(X86 + level)
+    plan = Plan.of(IntegerLayer(mode, 128, (28, 28), 128, (3, 3), padding=ONE), deployment)
     loops = re.split(r"^\.LBB\w+:", assembly(plan.build(), deployment), flags=re.MULTILINE)
-    inner = [loop for loop in loops if counts(loop, "vpsadbw %ymm")[0] >= 16]
+    inner = [loop for loop in loops if loop.count(instruction) >= 2 * plan.cut.width * plan.cut.vectors]
     assert inner
     for loop in inner:
-        body = loop[: loop.rindex("vpsadbw")]
-        assert not re.search(r"vmovdq\w\s+%ymm\d+, [^%\n]*\(", body[body.index("vpsadbw") :])
+        steps = loop[loop.index(instruction) : loop.rindex(instruction)]
+        assert not re.search(r"mov\w+\s+%[xyz]mm\d+, [^%\n]*\(", steps)
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+def test_networks_take_the_absolute_difference_on_arm() -> None:
+    deployment = Deployment.parse(ARM + "cortex-a72")
+    module, _ = lower({"main": export(nn.Sequential(AdderConv2d(32, 32, 3), Mean()), (1, 32, 6, 6))}, deployment)
+    kernels = [function for _, function in module.functions_items() if isinstance(function, tvm.tirx.PrimFunc)]
+    found = [counts(assembly(kernel, deployment), "fabd v")[0] for kernel in kernels]
+    assert max(found) >= 4 * deployment.accumulators
 
 
 @pytest.mark.parametrize(

@@ -112,16 +112,16 @@ PICKLED = "checkpoint"
 
 
 def _given(model: nn.Module) -> _Loaded:
-    import copy
-
     import torch
+
+    from anncvt.copies import copied
 
     if isinstance(model, torch.jit.ScriptModule):
         raise AnncvtError("a TorchScript module cannot be rewritten", fix="pass the Python module it was made from")
     while type(model).__name__ in ("DataParallel", "DistributedDataParallel", "OptimizedModule"):
         model = next(model.children())
     try:
-        return _Loaded(copy.deepcopy(model), Source(type(model).__name__), {"weights": "given"})
+        return _Loaded(copied(model), Source(type(model).__name__), {"weights": "given"})
     except Exception as error:
         raise AnncvtError(
             f"the module cannot be copied: {error}", fix="remove what copy.deepcopy cannot copy from it"

@@ -32,7 +32,7 @@ def test_transposed_convolutions(groups):
 
 def test_functional_shared_and_idle_convolutions():
     calls = observe(Awkward(), (3, 6, 6)).calls
-    assert calls["conv2d"].module is None and calls["conv2d"].kind == "conv2d" and calls["conv2d"].stride == (1, 1)
+    assert not calls["conv2d"].is_module and calls["conv2d"].kind == "conv2d" and calls["conv2d"].stride == (1, 1)
     assert calls["shared"].calls == 2 and calls["shared"].macs == 2 * 4 * 36 * 36
     assert calls["standardised"].kind == "Standardised" and "idle" not in calls
 

@@ -8,6 +8,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from anncvt.errors import AnncvtError
 from anncvt.loading import load
+from anncvt.passes.choice import Choice
 from anncvt.passes.plan import plan
 from anncvt.program import Plan
 
@@ -21,7 +22,7 @@ class Notes:
 
 
 def planned(network, size, **options):
-    return plan(load(network, input_size=size), **options).plan
+    return plan(load(network, input_size=size), Choice.of(**options)).plan
 
 
 def by_name(found):
@@ -52,7 +53,7 @@ def test_reasons_of_a_mobile_network():
         "grouped": "grouped",
         "classifier": "classifier",
     }
-    assert layers["expand"].insert_bn and "inserted" in layers["expand"].reason
+    assert layers["expand"].insert_bn and layers["expand"].bn is None
     assert layers["grouped"].bn == "norm" and not layers["grouped"].insert_bn
     assert not layers["squeeze"].insert_bn
 
@@ -63,9 +64,8 @@ def test_reasons_of_an_awkward_network():
     assert layers["shared"].swapped and layers["shared"].insert_bn and "alias" not in layers
     for name, reason in {
         "conv2d": "functional",
-        "standardised": "Standardised",
         "up": "transposed",
-        "idle": "does not run",
+        "idle": "runs in training only",
     }.items():
         assert layers[name].action == "keep" and reason in layers[name].reason, name
 
@@ -103,7 +103,7 @@ def test_globs_overrule_the_defaults():
 
 @pytest.mark.parametrize("option", ["keep", "swap"])
 def test_a_glob_that_matches_nothing_lists_close_names(option):
-    with pytest.raises(AnncvtError, match="matches no convolution") as error:
+    with pytest.raises(AnncvtError, match="matches no layer") as error:
         planned(Residual(), 8, **{option: ["layer.conv1"]})
     assert "conv1" in error.value.fix
 
@@ -131,13 +131,13 @@ def test_a_norm_is_a_partner_only_if_it_alone_reads_and_can_be_refitted():
         assert layer.bn is None and layer.insert_bn
 
 
-def test_computed_weights_and_hooks_keep_a_layer():
+def test_computed_weights_are_folded_and_hooks_keep_a_layer():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), weight_norm(nn.Conv2d(4, 4, 3)), nn.Conv2d(4, 4, 3))
     network[3].register_forward_hook(lambda module, inputs, output: F.relu(output))
     network.append(nn.Conv2d(4, 2, 1))
     layers = by_name(planned(network, 12))
-    assert layers["1"].swapped
-    assert "differs from a plain" in layers["2"].reason and "hooks" in layers["3"].reason
+    assert layers["1"].swapped and layers["2"].swapped and "weights folded" in layers["2"].reason
+    assert layers["3"].action == "keep" and "hooks" in layers["3"].reason
 
 
 def test_output_layers_before_pooling_are_classifiers():
@@ -195,4 +195,4 @@ def test_planning_again_drops_only_an_outdated_student():
     program = plan(load(Residual(), input_size=8))
     program = dataclasses.replace(program, student=Residual())
     assert plan(program).student is program.student
-    assert plan(program, keep=["conv1"]).student is None
+    assert plan(program, Choice(keep=("conv1",))).student is None

@@ -90,6 +90,8 @@ def _default_size(stem: _ConvNd | None, channels: int) -> tuple[int, ...]:
     """Networks whose first convolution keeps the resolution are made for small images (CIFAR's 32x32)."""
     if stem is None:
         return (channels, 224, 224)
+    if len(stem.kernel_size) == 3:  # videos: frames, height, width
+        return (channels, zoo.FRAMES, 112, 112)
     pixels = 32 if all(step == 1 for step in stem.stride) else 224
     return (channels, *(pixels,) * len(stem.kernel_size))
 

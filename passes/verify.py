@@ -30,8 +30,8 @@ def rewritten(program: Program, student: nn.Module) -> None:
         raise _wrong(f"{asleep[0]} is never called: its parent keeps another reference to the layer", asleep[0])
     _unchanged(program.teacher, student, program.plan)
     graphs(student)
-    trouble = _trouble_in_training(student, size)
-    if trouble is not None and _trouble_in_training(program.teacher, size) is None:
+    trouble = trouble_in_training(student, size)
+    if trouble is not None and trouble_in_training(program.teacher, size) is None:
         raise _wrong(f"it does not run in training mode: {trouble}")
 
 
@@ -60,7 +60,7 @@ def finite(network: nn.Module) -> None:
             raise AnncvtError(f"{name} holds NaN or infinity", fix="use other images, or smaller learning rates")
 
 
-def _trouble_in_training(network: nn.Module, size: tuple[int, ...]) -> str | None:
+def trouble_in_training(network: nn.Module, size: tuple[int, ...]) -> str | None:
     """Why a pass of two images in training mode fails, if it does."""
     message = ""
     for device in ("meta", "cpu"):

@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch.nn.functional as F
 from networks import Awkward, Mobile, Residual
+from recorder import Notes
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -11,14 +12,6 @@ from anncvt.loading import load
 from anncvt.passes.choice import Choice
 from anncvt.passes.plan import plan
 from anncvt.program import Plan
-
-
-class Notes:
-    def __init__(self):
-        self.lines = []
-
-    def note(self, message):
-        self.lines.append(message)
 
 
 def planned(network, size, **options):

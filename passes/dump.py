@@ -39,8 +39,8 @@ def _part(part: TracedModule) -> list[str]:
 
 
 def _layer(name: str, module: nn.Module) -> str:
-    weight = module.weight
+    weight = module.weight.detach() if isinstance(module.weight, Tensor) else None
     shown = f"{name}: {type(module).__name__}({module.extra_repr()})"
-    if isinstance(weight, Tensor):
+    if weight is not None:
         shown += f", weights {float(weight.mean()):.4g} +- {float(weight.std()):.4g}"
     return shown + (", norm inserted" if isinstance(module, _AdderNd) and module.norm is not None else "")

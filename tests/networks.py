@@ -93,3 +93,14 @@ class Awkward(nn.Module):
         if self.training:
             x = x + self.idle(x)
         return self.head(x.mean((2, 3)))
+
+
+class Same(nn.Conv2d):
+    """TensorFlow's padding, by the size of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides: list[int] = []
+        for size, k, s, d in zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True):
+            total = max((-(-size // s) - 1) * s + d * (k - 1) + 1 - size, 0)
+            sides = [total // 2, total - total // 2, *sides]
+        return F.conv2d(F.pad(x, sides), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)

@@ -1,23 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Awkward
+from networks import Awkward, Same
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from anncvt.convolution import NoForm, effective_weight, form_of
 from anncvt.nn import adder_class
-
-
-class Same(nn.Conv2d):
-    """TensorFlow's padding, by the size of the input."""
-
-    def forward(self, x):
-        sides = []
-        for size, k, s, d in zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True):
-            total = max((-(-size // s) - 1) * s + d * (k - 1) + 1 - size, 0)
-            sides = [total // 2, total - total // 2, *sides]
-        return F.conv2d(F.pad(x, sides), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
 class Dynamic(nn.Conv2d):

@@ -98,8 +98,9 @@ class Plan:
         adds, muls = (sum(getattr(layer, kind) for layer in self.layers) + self.other_macs for kind in ("adds", "muls"))
         return {
             "convolutions": sum(layer.kind != "Linear" for layer in self.layers),
-            "layers": len(self.layers),
+            "linears": sum(layer.kind == "Linear" for layer in self.layers),
             "swapped": len(self.swapped),
+            "swapped_linears": sum(layer.kind == "Linear" for layer in self.swapped),
             "macs": macs,
             "swapped_macs": swapped,
             "swapped_share": swapped / macs if macs else 0.0,

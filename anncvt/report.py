@@ -44,6 +44,13 @@ def plan(decided: Plan) -> RenderableType:
     return Group(table, *_totals(decided))
 
 
+def _adders(totals: dict[str, Any]) -> str:
+    """``18 of 19 convolutions and 2 of 3 Linear layers``."""
+    linear, swapped = totals["linears"], totals["swapped_linears"]
+    shown = f"{totals['swapped'] - swapped} of {totals['convolutions']} convolutions"
+    return shown + (f" and {swapped} of {linear} Linear layers" if linear else "")
+
+
 def _norm(layer: LayerPlan) -> str:
     if layer.insert_bn:
         return "[yellow]inserted[/]"
@@ -52,13 +59,10 @@ def _norm(layer: LayerPlan) -> str:
 
 def _totals(decided: Plan) -> list[str]:
     totals = decided.totals()
-    linear = totals["layers"] - totals["convolutions"]
     inserted = sum(layer.insert_bn for layer in decided.layers)
     lines = [
-        f"{totals['swapped']} of {totals['convolutions']} convolutions"
-        + (f" and {linear} Linear layers" if linear else "")
-        + f" become adders: {totals['swapped_share']:.1%} of {count(totals['macs'])} multiply-accumulates"
-        + (f" ({count(decided.other_macs)} are in Linear layers)" if decided.other_macs else ""),
+        f"{_adders(totals)} become adders: {totals['swapped_share']:.1%} of {count(totals['macs'])} "
+        "multiply-accumulates" + (f" ({count(decided.other_macs)} are in Linear layers)" if decided.other_macs else ""),
         f"an image then takes {count(totals['adds'])} additions and {count(totals['muls'])} multiplications; at 45 nm "
         f"in float32 {count(totals['joules'])}J, the CNN {count(totals['cnn_joules'])}J (arithmetic alone; Horowitz, "
         "ISSCC 2014)",
@@ -139,7 +143,7 @@ def program(facts: dict[str, Any]) -> RenderableType:
     about.add_row("input", f"{'x'.join(map(str, facts['input_size']))}, mean {facts['mean']}, std {facts['std']}")
     totals = facts["totals"]
     if totals:
-        about.add_row("adders", f"{totals['swapped']} of {totals['convolutions']} convolutions")
+        about.add_row("adders", _adders(totals))
         about.add_row("an image takes", f"{count(totals['adds'])} additions, {count(totals['muls'])} multiplications")
         about.add_row("the CNN took", f"{count(totals['macs'])} of each")
     history = _table("stage", seconds="seconds", figures=False)

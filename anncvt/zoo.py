@@ -149,7 +149,7 @@ def hub_architecture(name: str) -> Candidate:
             config, architecture, arguments = hub.load_model_config_from_hf(name.partition(":")[2])
     except Exception as error:  # a dozen kinds of the hub's client
         raise AnncvtError(
-            f"the configuration of {name} cannot be had: {first_line(error)}",
+            f"the configuration of {name} cannot be had: {first_line(error).partition('. ')[0]}",
             fix="check the name and the network, or download its config.json and weights into one folder and name the "
             "weights file",
         ) from error

@@ -99,9 +99,14 @@ def observe(network: nn.Module, input_size: tuple[int, ...]) -> Observation:
         except AnncvtError:
             raise
         except Exception as error:
+            missing = "custom C++ ops" in str(error)
             raise AnncvtError(
-                f"the forward pass on {list(image.shape)} failed: {type(error).__name__}: {first_line(error)}",
-                fix="pass the network's input with --input-size CHANNELS,HEIGHT,WIDTH",
+                f"the forward pass on {list(image.shape)} failed: {type(error).__name__}: "
+                + first_line(error).partition(". ")[0],
+                fix="it needs compiled operators of torchvision, as detection networks do: install the torchvision "
+                "built for this torch"
+                if missing
+                else "pass the network's input with --input-size CHANNELS,HEIGHT,WIDTH",
             ) from error
     shapes = tuple(tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
     if not shapes:

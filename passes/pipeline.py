@@ -30,13 +30,16 @@ def apply(
         AnncvtError: the pass failed, or its result does not hold up. ``program`` is as it was, unless the pass changes
             weights in place (calibration).
     """
-    name = f"{PIPELINE.index(step) + 1}-{step.__name__}"
     if to is not None:
-        dump.write(program, to / f"{name}.before.txt")
+        dump.write(program, to / _file(step, "before"))
     done = step(program, *arguments, **more)
     if done.student is not None:
         verify.graphs(done.student)
         verify.finite(done.student)
     if to is not None:
-        dump.write(done, to / f"{name}.after.txt")
+        dump.write(done, to / _file(step, "after"))
     return done
+
+
+def _file(step: Callable[..., Program], when: str) -> str:
+    return f"{PIPELINE.index(step) + 1}-{step.__name__}.{when}.txt"

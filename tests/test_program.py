@@ -18,8 +18,9 @@ def test_totals_cover_the_whole_network():
     totals = Plan((layer("a", "keep", 100), layer("b", "swap", 300)), other_macs=100).totals()
     assert totals == {
         "convolutions": 2,
-        "layers": 2,
+        "linears": 0,
         "swapped": 1,
+        "swapped_linears": 0,
         "macs": 500,
         "swapped_macs": 300,
         "swapped_share": 0.6,

@@ -250,8 +250,15 @@ class _Worker:
     def examine(self, name: str) -> dict[str, Any]:
         if self.process is None or self.process.poll() is not None:
             command = [sys.executable, __file__, "--worker"]
+            # Thousands of shapes, each run a few times: compiling kernels for them would take hours.
+            environment = {"ANNCVT_KERNELS": "torch", **os.environ}
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env=environment,
             )
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(name + "\n")
@@ -274,8 +281,8 @@ def _work() -> None:
         print(json.dumps(examine(line.strip())), file=out, flush=True)
 
 
-def document(rows: dict[str, dict[str, Any]]) -> str:
-    """docs/coverage.md."""
+def document(rows: dict[str, dict[str, Any]], missing: list[str]) -> str:
+    """docs/coverage.md, from the rows of what was measured and the names of what was not."""
     from importlib.metadata import version
 
     lines = [
@@ -303,6 +310,8 @@ def document(rows: dict[str, dict[str, Any]]) -> str:
         f"Exported to ONNX: {exported.count('exported')} of a sample of {len(exported)} converted networks.",
     ]
     lines += [f"- {row['model']}: {row['onnx']}" for row in rows.values() if row.get("onnx", "exported") != "exported"]
+    if missing:
+        lines += ["", f"Chosen and not measured yet: {', '.join(missing)}."]
     for status, title in (("failed", "Failed"), ("refused", "Refused"), ("left out", "Left out")):
         chosen = [row for row in rows.values() if row["status"] == status]
         lines += ["", f"## {title}", ""]
@@ -375,8 +384,9 @@ def main() -> int:
                 file.write(json.dumps(row) + "\n")
             print(f"{row['status']:9} {row['seconds']:6.1f} s  {name}  {row.get('reason', '')}", flush=True)
     found = measured()
-    rows = {name: found[name] for name in _names() if name in found}
-    DOCUMENT.write_text(document(rows), encoding="utf-8")
+    names = _names()
+    rows = {name: found[name] for name in names if name in found}
+    DOCUMENT.write_text(document(rows, [name for name in names if name not in found]), encoding="utf-8")
     return int(any(row["status"] == "failed" for row in rows.values()))
 
 

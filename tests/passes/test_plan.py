@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch.nn.functional as F
-from networks import Awkward, Mobile, Residual
+from networks import Auxiliary, Awkward, DeformConv2d, Mobile, Residual
 from recorder import Notes
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -189,3 +189,24 @@ def test_planning_again_drops_only_an_outdated_student():
     program = dataclasses.replace(program, student=Residual())
     assert plan(program).student is program.student
     assert plan(program, Choice(keep=("conv1",))).student is None
+
+
+def test_a_norm_that_shares_its_input_in_training_is_no_partner():
+    layers = by_name(planned(nn.Sequential(nn.Conv2d(3, 3, 1), Auxiliary()), 4, policy="all"))
+    assert layers["1.conv"].bn is None and layers["1.conv"].insert_bn
+    assert layers["1.aux"].reason == "runs in training only"
+
+
+def test_deformable_convolutions_are_kept():
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 3, padding=1), DeformConv2d(), nn.Flatten())
+    layer = by_name(planned(network, 4))["2"]
+    assert layer.action == "keep" and layer.reason == "deformable: no adder counterpart"
+
+
+def test_planning_needs_no_memory_for_activations(monkeypatch):
+    """A network whose activations would not fit anywhere is planned on shapes alone."""
+    network = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1), nn.AdaptiveAvgPool2d(1))
+    network.extend([nn.Flatten(), nn.Linear(64, 2)])
+    side = 1 << 17
+    conv = planned(network, side).layers[1]
+    assert conv.out_shape == (1, 64, side, side) and conv.swapped

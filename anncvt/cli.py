@@ -17,7 +17,7 @@ def cli() -> None:
     """Turn a pretrained CNN into an adder neural network (y = -sum |x - w|): convert, distil, export, compile, check.
 
     \b
-    MODEL is a checkpoint (.pth, .safetensors, ...), torchvision:NAME, timm:NAME or module:factory.
+    MODEL is a checkpoint (.pth, .safetensors, ...), torchvision:NAME, timm:NAME, hf-hub:NAME or module:factory.
     DATA is digits, synthetic, cifar10, cifar100, mnist, fashion-mnist, imagenet (in --data-dir),
     folder:PATH, hf:PATH or wds:PATTERN.
     Exit codes: 0 done, 1 error, 2 usage, 3 accuracy gate or parity failed.

@@ -1,7 +1,7 @@
 """The op in plain torch, for devices and machines without compiled kernels.
 
-Works one tap and one channel of each group at a time, so the extra memory is two tensors of the output's (or input's) size: it never
-builds the ``N x O x K x L`` tensor of differences that makes other implementations run out of memory.
+Works one tap and one channel of each group at a time, so the extra memory is two tensors of the output's (or input's)
+size: it never builds the ``N x O x K x L`` tensor of differences that makes other implementations run out of memory.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from typing import Any, TextIO
 
 import click
 
+from anncvt.passes.choice import POLICIES
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -148,7 +150,7 @@ def layers(command: Command) -> Command:
         click.option("--swap", multiple=True, metavar="GLOB", help="Layers that become adders (repeatable)."),
         click.option(
             "--policy",
-            type=click.Choice(["no-depthwise", "paper", "all"]),
+            type=click.Choice(list(POLICIES)),
             help="What stays by default. no-depthwise: stem, classifier, gates and depthwise convolutions; paper: stem "
             "and classifier; all: what has no adder counterpart.  [default: no-depthwise]",
         ),

@@ -1,11 +1,13 @@
 """Convert every architecture of torchvision and some of every timm family, with random weights; write docs/coverage.md.
 
     python benchmarks/coverage.py                       # goes on where an earlier run stopped
+    python benchmarks/coverage.py --shapes              # quickly: everything but the runs on real numbers
     python benchmarks/coverage.py --only 'timm:resnet*' --again
     python benchmarks/coverage.py --table               # the document alone, from what was measured
 
-Every network is planned, rewritten, run in eval and in training mode, compared with the CNN in what was kept, saved and
-opened again by its name; some are exported to ONNX. One JSON line per network goes to out/coverage.jsonl.
+Every network is planned, rewritten (which runs it in both modes on shapes alone and compares what was kept), saved and
+opened again by its name, then run on real numbers in eval and in training mode; some are exported to ONNX. One JSON
+line per network goes to out/coverage.jsonl.
 """
 
 from __future__ import annotations
@@ -83,12 +85,16 @@ def _parameters(name: str) -> int | None:
         return None
 
 
-def examine(name: str) -> dict[str, Any]:
-    """Convert one network and say how far it went: ``status`` is converted, refused, left out or failed."""
+def examine(name: str, *, run: bool = True) -> dict[str, Any]:
+    """Convert one network and say how far it went: ``status`` is converted, refused, left out or failed.
+
+    Args:
+        run: on real numbers, too.
+    """
     begin = time.monotonic()
     row: dict[str, Any] = {"model": name, "status": "failed"}
     try:
-        row |= _examine(name, row)
+        row |= _examine(name, row, run)
     except AnncvtError as error:
         row |= {"status": "refused", "reason": error.what}
     except Exception as error:
@@ -96,7 +102,7 @@ def examine(name: str) -> dict[str, Any]:
     return row | {"seconds": round(time.monotonic() - begin, 1)}
 
 
-def _examine(name: str, row: dict[str, Any]) -> dict[str, Any]:
+def _examine(name: str, row: dict[str, Any], run: bool) -> dict[str, Any]:
     collection, _, model = name.partition(":")
     row["step"] = "build"
     torch.manual_seed(0)
@@ -105,7 +111,8 @@ def _examine(name: str, row: dict[str, Any]) -> dict[str, Any]:
     if parameters > LARGEST:
         return {"status": "left out", "reason": f"more than {LARGEST / 1e6:.0f} M parameters"}
     row["step"] = "size"
-    size = _affordable(network, choose_preprocess(network, name).input_size)
+    size = choose_preprocess(network, name).input_size
+    size = _affordable(network, size) if run else size
     row["input"] = list(size)
     row["step"] = "plan"
     program = load(network, input_size=size)
@@ -121,15 +128,16 @@ def _examine(name: str, row: dict[str, Any]) -> dict[str, Any]:
     row["kept"] = sorted(kept)
     row["step"] = "rewrite"
     done = rewrite(planned)
-    row["step"] = "kept layers"
-    row["equal"] = _equal_before_the_first_adder(done)
     row["step"] = "save and open"
     _stored(done)
-    row["step"] = "training"
-    _run(done.student.train(), size, 2)
-    if zlib.crc32(name.encode()) % EXPORTED == 0:
-        row["step"] = "onnx"
-        row["onnx"] = _exported(done)
+    if run:
+        row["step"] = "kept layers"
+        row["equal"] = _equal_before_the_first_adder(done)
+        row["step"] = "training"
+        _run(done.student.train(), size, 2)
+        if zlib.crc32(name.encode()) % EXPORTED == 0:
+            row["step"] = "onnx"
+            row["onnx"] = _exported(done)
     del row["step"]
     return {"status": "converted"} | (_with_linear(program) if totals["swapped_share"] < 0.5 else {})
 
@@ -244,12 +252,13 @@ def _names() -> list[str]:
 class _Worker:
     """A process that examines one network after the other; a new one after a crash or a timeout."""
 
-    def __init__(self) -> None:
+    def __init__(self, *options: str) -> None:
+        self.options = options
         self.process: subprocess.Popen[str] | None = None
 
     def examine(self, name: str) -> dict[str, Any]:
         if self.process is None or self.process.poll() is not None:
-            command = [sys.executable, __file__, "--worker"]
+            command = [sys.executable, __file__, "--worker", *self.options]
             # Thousands of shapes, each run a few times: compiling kernels for them would take hours.
             environment = {"ANNCVT_KERNELS": "torch", **os.environ}
             self.process = subprocess.Popen(
@@ -273,12 +282,12 @@ class _Worker:
         return {"model": name, "status": "failed", "reason": reason, "seconds": SECONDS}
 
 
-def _work() -> None:
+def _work(run: bool) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what networks print does not belong between the rows
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     for line in sys.stdin:
-        print(json.dumps(examine(line.strip())), file=out, flush=True)
+        print(json.dumps(examine(line.strip(), run=run)), file=out, flush=True)
 
 
 def document(rows: dict[str, dict[str, Any]], missing: list[str]) -> str:
@@ -292,17 +301,19 @@ def document(rows: dict[str, dict[str, Any]], missing: list[str]) -> str:
         f"torchvision {version('torchvision')} and, of each family of timm {version('timm')}, the smallest and a "
         f"middle one, with random weights, torch {version('torch')}.",
         "",
-        "*Converted* means: planned and rewritten with the default policy; the adder network runs in eval and training "
-        "mode with finite outputs and the CNN's shapes; kept layers hold the CNN's values, and those before the first "
-        "adder give the CNN's outputs to the bit; the program was saved and opened again by name with equal tensors. "
-        "*Refused* means: an error that says why, nothing was changed. It says nothing about accuracy.",
+        "*Converted* means: planned and rewritten with the default policy; the adder network's shapes are the CNN's in "
+        "eval and training mode (on torch's meta device, where its Python allows that); kept layers hold the CNN's "
+        "values; the program was saved and opened again by name with equal tensors. *Run* means besides: finite "
+        "outputs on real numbers in both modes, and kept layers before the first adder give the CNN's outputs to the "
+        "bit. *Refused* means: an error that says why, nothing was changed. None of it says anything about accuracy.",
         "",
-        "| collection | architectures | converted | refused | left out | failed |",
-        "|---|---|---|---|---|---|",
+        "| collection | architectures | converted | of these run | refused | left out | failed |",
+        "|---|---|---|---|---|---|---|",
     ]
     for collection in zoo.ZOOS:
         mine = [row for row in rows.values() if row["model"].startswith(collection + ":")]
         counts = [sum(row["status"] == status for row in mine) for status in _STATUSES]
+        counts.insert(1, sum("equal" in row for row in mine))
         lines.append(f"| {collection} | {len(mine)} | " + " | ".join(map(str, counts)) + " |")
     exported = [row["onnx"] for row in rows.values() if "onnx" in row]
     lines += [
@@ -327,22 +338,32 @@ def document(rows: dict[str, dict[str, Any]], missing: list[str]) -> str:
         "## Converted",
         "",
         "Share: of the multiply-accumulates (Linear layers included) in layers that become adders. Inserted: adders "
-        "that get a BatchNorm of their own. MACs of attention products are not counted.",
+        "that get a BatchNorm of their own. MACs of attention products are not counted. What ran was run at the "
+        "smallest of some usual input sizes that the network takes.",
         "",
-        "| architecture | M parameters | input | adders | share | inserted | share with `--linear` | kept |",
-        "|---|---|---|---|---|---|---|---|",
+        "| architecture | M parameters | input | run | adders | share | inserted | share with `--linear` | kept |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows.values():
         if row["status"] == "converted":
-            kept = "; ".join(
-                reason.partition(":")[0] if reason.startswith(_ROLES) else reason for reason in row["kept"]
-            )
-            lines.append(
-                f"| {row['model']} | {row['parameters'] / 1e6:.1f} | {'x'.join(map(str, row['input']))} | "
-                f"{row['swapped']} of {row['convolutions']} | {row['swapped_share']:.0%} | {row['inserted']} | "
-                f"{_linear(row)} | {_cell(kept)} |"
-            )
+            lines.append(_converted(row))
     return "\n".join(lines) + "\n"
+
+
+def _converted(row: dict[str, Any]) -> str:
+    kept = [reason.partition(":")[0] if reason.startswith(_ROLES) else reason for reason in row["kept"]]
+    cells = [
+        row["model"],
+        f"{row['parameters'] / 1e6:.1f}",
+        "x".join(map(str, row["input"])),
+        "yes" if "equal" in row else "no",
+        f"{row['swapped']} of {row['convolutions']}",
+        f"{row['swapped_share']:.0%}",
+        str(row["inserted"]),
+        _linear(row),
+        _cell("; ".join(kept)),
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 _STATUSES = ("converted", "refused", "left out", "failed")
@@ -358,8 +379,12 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _chosen(only: list[str], again: bool) -> Iterator[str]:
-    done = {} if again else measured()
+def _chosen(only: list[str], again: bool, run: bool) -> Iterator[str]:
+    done = {
+        name
+        for name, row in measured().items()
+        if not again and not (run and row["status"] == "converted" and "equal" not in row)
+    }
     for name in _names():
         if name not in done and (not only or any(fnmatch.fnmatchcase(name, pattern) for pattern in only)):
             yield name
@@ -369,16 +394,17 @@ def main() -> int:
     """Examine what is missing, then write the document; exit code 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="GLOB", action="append", default=[], help="architectures (repeatable)")
+    parser.add_argument("--shapes", action="store_true", help="leave out the runs on real numbers")
     parser.add_argument("--again", action="store_true", help="also those that were measured already")
     parser.add_argument("--table", action="store_true", help="write docs/coverage.md and examine nothing")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        _work()
+        _work(not options.shapes)
         return 0
     if not options.table:
-        worker = _Worker()
-        for name in _chosen(options.only, options.again):
+        worker = _Worker(*["--shapes"] * options.shapes)
+        for name in _chosen(options.only, options.again, not options.shapes):
             row = worker.examine(name)
             with open(ROWS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -27,6 +27,7 @@ ROWS = [
         swapped_share=0.75,
         inserted=2,
         kept=["stem: it reads the image", "depthwise"],
+        equal=1,
         onnx="exported",
     ),
     row("timm:flat", "refused", reason="nothing to convert: a | b", linear=0.99),
@@ -37,10 +38,10 @@ ROWS = [
 
 def test_the_document_names_what_failed_and_counts_the_rest():
     shown = coverage.document({r["model"]: r for r in ROWS}, ["timm:later"])
-    assert "| torchvision | 2 | 0 | 0 | 1 | 1 |" in shown and "| timm | 2 | 1 | 1 | 0 | 0 |" in shown
+    assert "| torchvision | 2 | 0 | 0 | 0 | 1 | 1 |" in shown and "| timm | 2 | 1 | 1 | 1 | 0 | 0 |" in shown
     assert "| torchvision:bad | KeyError: 'x' (at: rewrite) |" in shown
     assert "nothing to convert: a \\| b | 99% |" in shown
-    assert "| timm:good | 2.5 | 3x64x64 | 9 of 12 | 75% | 2 |  | stem; depthwise |" in shown
+    assert "| timm:good | 2.5 | 3x64x64 | yes | 9 of 12 | 75% | 2 |  | stem; depthwise |" in shown
     assert "1 of a sample of 1" in shown and "not measured yet: timm:later" in shown
 
 
@@ -67,7 +68,7 @@ class Worker:
 
 def test_a_cut_run_goes_on(place, monkeypatch):
     worker = Worker()
-    monkeypatch.setattr(coverage, "_Worker", lambda: worker)
+    monkeypatch.setattr(coverage, "_Worker", lambda *options: worker)
     monkeypatch.setattr(sys, "argv", ["coverage.py"])
     with pytest.raises(KeyboardInterrupt):
         coverage.main()

@@ -14,6 +14,7 @@ from anncvt.passes.fit_layers import LayerFit
 from anncvt.passes.pairing import pairs
 from anncvt.passes.plan import plan
 from anncvt.passes.rewrite import rewrite
+from anncvt.pkkd import DistillConfig, distill
 
 
 class Mixer(nn.Module):
@@ -105,6 +106,15 @@ def test_rewritten_layers_fit_their_teacher():
     assert set(metrics["fitted_r2"]) == {"widen", "narrow", "hidden.0"} and min(metrics["fitted_r2"].values()) > 0.3
     x = torch.randn(3, 3, 8, 8)
     assert program.student(x).shape == (3, 5) and bool(torch.isfinite(program.student(x)).all())
+
+
+def test_distillation_compares_features_per_channel(tmp_path):
+    program = converted()
+    before = program.student.widen.weight.clone()
+    images = Images(torch.randint(0, 256, (32, 3, 8, 8), dtype=torch.uint8), torch.arange(32) % 5, None, "noise")
+    distill(program, images, None, DistillConfig(epochs=1, batch_size=8), folder=tmp_path)
+    assert not torch.equal(program.student.widen.weight, before)
+    assert all(bool(torch.isfinite(value).all()) for value in program.student.state_dict().values())
 
 
 def test_convolutions_stay_planned_as_without_linear():

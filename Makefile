@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check fmt bench accuracy clean
+.PHONY: help demo test test-slow check fmt bench accuracy coverage clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ bench: $(VENV)/.dev  ## time adder layers against convolutions
 accuracy: $(VENV)/.dev  ## measure conversions at several budgets
 	$(BIN)/python benchmarks/accuracy.py
 
+coverage: $(VENV)/.zoo  ## convert torchvision's and timm's networks, write docs/coverage.md (hours; goes on if cut)
+	$(BIN)/python benchmarks/coverage.py
+
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build dist out *.egg-info
 
@@ -52,3 +55,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing anncvt with its development tools into $(VENV) (some minutes the first time)"
 	$(INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.all
+
+$(VENV)/.zoo: $(VENV)/.dev
+	$(INSTALL) -e '.[zoo]'
+	@touch $@

@@ -77,19 +77,34 @@ def plan(
     *,
     keep: Sequence[str] = (),
     swap: Sequence[str] = (),
+    policy: str | None = None,
+    plan_file: str | Path | None = None,
+    linear: bool = False,
+    dump: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> Program:
-    """Decide which convolutions become adders. A program that has a plan keeps it unless ``keep`` or ``swap`` say else.
+    """Decide which layers become adders. A program that has a plan keeps it unless one of the arguments says else.
+
+    Args:
+        keep, swap: GLOBs over layer names, against the plan file and the policy.
+        policy: what stays a convolution: "no-depthwise" (default), "paper" or "all".
+        plan_file: what ``anncvt plan --json`` wrote, with other actions.
+        linear: Linear layers become adders, too.
+        dump: a folder for the network's graphs before and after.
 
     Raises:
-        AnncvtError: a GLOB matches nothing or asks for the impossible, or there is nothing to convert.
+        AnncvtError: a GLOB matches nothing or asks for the impossible, the plan file does not fit, or there is nothing
+            to convert.
     """
+    from anncvt.passes.choice import Choice
+    from anncvt.passes.pipeline import apply
     from anncvt.passes.plan import plan as plan_pass
 
     program = _opened(program, progress)
-    if program.plan is not None and not keep and not swap:
+    choice = Choice.of(keep=keep, swap=swap, policy=policy, plan_file=plan_file, linear=linear)
+    if program.plan is not None and choice == Choice() and policy is None:
         return program
-    return plan_pass(program, keep=keep, swap=swap, progress=progress)
+    return apply(plan_pass, program, choice, to=None if dump is None else Path(dump), progress=progress)
 
 
 def convert(
@@ -106,6 +121,10 @@ def convert(
     trust_pickle: bool = False,
     keep: Sequence[str] = (),
     swap: Sequence[str] = (),
+    policy: str | None = None,
+    plan_file: str | Path | None = None,
+    linear: bool = False,
+    dump: str | Path | None = None,
     data_dir: str | Path | None = None,
     limit: int | None = None,
     workers: int = 0,
@@ -128,7 +147,8 @@ def convert(
         output: the program folder to write.
         calibrate: DATA to fit the adder network to the CNN on; labels are not looked at. Default: that of ``distill``.
         distill: DATA with labels to train on afterwards, for ``epochs``. None: no distillation.
-        keep, swap: GLOBs over layer names, against the default plan.
+        keep, swap, policy, plan_file, linear: see :func:`plan`.
+        dump: a folder for the network's graphs before and after each pass.
         data_dir: where data sets known by name lie.
         limit: at most so many images of each split (calibration takes 5000 unless told).
         workers: decoding threads, 0: one per core.
@@ -148,20 +168,22 @@ def convert(
             fix="name images like those the CNN was trained on: --calibrate DATA (labels are not needed)",
         )
 
-    def choice(spec: str) -> DataChoice:
+    from anncvt.passes.choice import Choice
+
+    def data(spec: str) -> DataChoice:
         return DataChoice(spec, None if data_dir is None else str(data_dir), limit, workers, seed)
 
     return pipeline.convert(
         model,
         Path(output),
-        calibration=choice(calibrate or distill or ""),
-        training=None if distill is None else choice(distill),
+        calibration=data(calibrate or distill or ""),
+        training=None if distill is None else data(distill),
         config=_distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr),
-        keep=keep,
-        swap=swap,
+        choice=Choice.of(keep=keep, swap=swap, policy=policy, plan_file=plan_file, linear=linear),
         budget=budget,
         resume=resume,
         force=force,
+        dump=None if dump is None else Path(dump),
         options={
             "arch": arch,
             "arch_args": arch_args,

@@ -63,7 +63,7 @@ def instantiate(
             f"architecture {arch!r} has no ':'", fix="write torchvision:NAME, timm:NAME or module:factory"
         )
     if prefix == "hf-hub":
-        prefix, name = "timm", arch
+        return _called(arch, lambda: zoo.build("timm", arch, arguments, pretrained=pretrained)), None
     if prefix in zoo.ZOOS:
         return _called(arch, lambda: zoo.build(prefix, name, arguments, pretrained=pretrained)), None
     with contextlib.ExitStack() as stack:

@@ -220,6 +220,8 @@ def _read_index(path: Path, kind: str) -> Checkpoint:
     for shard in sorted(set(index.values())):
         if Path(shard).name != shard:
             raise AnncvtError(f"the index points outside its folder: {shard!r}", where=str(path))
+        if sniff(path.parent / shard) == "index":
+            raise pickles.corrupt(str(path), f"{shard} is an index, too")
         part = read(path.parent / shard)
         if not isinstance(part.value, Mapping):
             raise pickles.corrupt(str(path.parent / shard), "no tensors by name")

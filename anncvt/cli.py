@@ -17,7 +17,7 @@ def cli() -> None:
     """Turn a pretrained CNN into an adder neural network (y = -sum |x - w|): convert, distil, export, compile, check.
 
     \b
-    MODEL is a checkpoint (.pth, .safetensors, ...), torchvision:NAME, timm:NAME or module:factory.
+    MODEL is a checkpoint (.pth, .safetensors, ...), torchvision:NAME, timm:NAME, hf-hub:NAME or module:factory.
     DATA is digits, synthetic, cifar10, cifar100, mnist, fashion-mnist, imagenet (in --data-dir),
     folder:PATH, hf:PATH or wds:PATTERN.
     Exit codes: 0 done, 1 error, 2 usage, 3 accuracy gate or parity failed.
@@ -28,15 +28,17 @@ def cli() -> None:
 @options.model
 @options.layers
 @options.common
-def plan(model: str, keep: tuple[str, ...], swap: tuple[str, ...], **loading: Any) -> None:
-    """Show which convolutions become adders, and why.
+def plan(model: str, **rest: Any) -> None:
+    """Show which layers become adders, and why.
 
-    MODEL may be a converted folder: then it shows what happened there.
+    MODEL may be a converted folder: then it shows what happened there. To choose layer by layer, write the plan with
+    --json, edit its actions ("swap" or "keep"), and pass it back with --plan.
     """
     from anncvt import api, report
 
+    loading = _loading({name: rest.pop(name) for name in LOADING})
     with working() as progress:
-        program = api.plan(api.load(model, **_loading(loading), progress=progress), keep=keep, swap=swap)
+        program = api.plan(api.load(model, **loading, progress=progress), **rest, progress=progress)
     assert program.plan is not None
     answer(program.plan.to_json(), report.plan(program.plan))
 
@@ -72,7 +74,7 @@ def convert(model: str, output: Path | None, dry_run: bool, max_drop: float | No
     if dry_run:
         with working() as progress:
             program = api.load(model, **loading, progress=progress)
-            program = api.plan(program, keep=rest["keep"], swap=rest["swap"], progress=progress)
+            program = api.plan(program, **{name: rest[name] for name in LAYERS}, progress=progress)
         assert program.plan is not None
         answer(program.plan.to_json(), report.plan(program.plan))
         return
@@ -234,6 +236,7 @@ def report(folder: str) -> None:
     answer(facts, tables.program(facts))
 
 
+LAYERS = ("keep", "swap", "policy", "plan_file", "linear", "dump")
 LOADING = ("arch", "arch_args", "input_size", "mean", "std", "trust_pickle")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
@@ -74,11 +73,13 @@ def open_folder(path: str | Path, model: nn.Module | None = None) -> Program:
         classes, stored = data["classes"], data["plan"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _damaged(folder / RECIPE, repr(error)) from error
+    from anncvt.copies import copied
+
     plan = None if stored is None else Plan.from_json(stored)
-    teacher = copy.deepcopy(model) if model is not None else build(source, near=folder.resolve().parent)
+    teacher = copied(model) if model is not None else build(source, near=folder.resolve().parent)
     student = None
     if plan is not None and (folder / STUDENT).exists():
-        student = copy.deepcopy(teacher)
+        student = copied(teacher)
         swap(student, plan)
         _load(student, folder / STUDENT)
         student.eval()

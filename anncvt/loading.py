@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from anncvt import zoo
 from anncvt.architecture import instantiate, on_path, parse_arch_args
 from anncvt.checkpoint import Checkpoint, read, sha256
-from anncvt.errors import AnncvtError
+from anncvt.errors import AnncvtError, first_line
 from anncvt.preprocess import choose_preprocess
 from anncvt.program import Program, Source
 from anncvt.progress import SILENT, Progress
@@ -77,6 +77,9 @@ def load(
         else:
             loaded = _from_name(str(model), arguments, progress)
     network = loaded.network.eval()
+    note = zoo.take_note()
+    if note is not None:
+        progress.note(note)
     preprocess = choose_preprocess(
         network, loaded.source.arch, input_size=input_size, mean=mean, std=std, progress=progress
     )
@@ -112,16 +115,16 @@ PICKLED = "checkpoint"
 
 
 def _given(model: nn.Module) -> _Loaded:
-    import copy
-
     import torch
+
+    from anncvt.copies import copied
 
     if isinstance(model, torch.jit.ScriptModule):
         raise AnncvtError("a TorchScript module cannot be rewritten", fix="pass the Python module it was made from")
     while type(model).__name__ in ("DataParallel", "DistributedDataParallel", "OptimizedModule"):
         model = next(model.children())
     try:
-        return _Loaded(copy.deepcopy(model), Source(type(model).__name__), {"weights": "given"})
+        return _Loaded(copied(model), Source(type(model).__name__), {"weights": "given"})
     except Exception as error:
         raise AnncvtError(
             f"the module cannot be copied: {error}", fix="remove what copy.deepcopy cannot copy from it"
@@ -135,12 +138,18 @@ def _from_name(model: str, arguments: dict[str, Any], progress: Progress) -> _Lo
         progress.note(f"{model}: weights as its factory leaves them (random unless it loads some)")
         return _Loaded(network, Source(model, model, arguments, folder), {"weights": "factory"})
     source = Source(model, model, arguments)
+    if prefix == "hf-hub":
+        known = zoo.hub_architecture(model)
+        source = Source(model, known.arch, {**known.arguments, **arguments})
     try:
-        return _Loaded(instantiate(model, arguments, pretrained=True)[0], source, {"weights": "pretrained"})
+        with progress.task(f"fetch {model}", None):
+            network = instantiate(model, arguments, pretrained=True)[0]
+        return _Loaded(network, source, {"weights": "pretrained"})
     except AnncvtError as error:
         # Weights that cannot be had (no network, none published) still leave a network to plan and to time.
-        network = instantiate(model, arguments)[0]
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        assert source.arch is not None
+        network = instantiate(source.arch, source.arch_args)[0]
+        reason = first_line(error.__cause__ or error).partition(". ")[0]
         progress.note(f"{model}: no pretrained weights ({reason}); RANDOM weights, of use for plan and bench only")
         return _Loaded(network, source, {"weights": "random"})
 
@@ -170,8 +179,8 @@ def _from_file(
         progress.note(f"{path.name}: {note}")
     folder: str | None = None
     if arch is None:
-        arch, network, table = _infer(path, content, arguments)
-        progress.note(f"{path.name}: architecture {arch}, by its name and a strict match of all tensors")
+        arch, arguments, network, table = _infer(path, content, arguments)
+        progress.note(f"{path.name}: architecture {arch}, by its name or config.json and a strict match of all tensors")
     else:
         network, folder = instantiate(arch, arguments, [Path.cwd(), path.resolve().parent])
         if folder is not None:
@@ -216,26 +225,31 @@ def _wrong_architecture(path: Path, arch: str, mismatch: Mismatch, content: Weig
     return AnncvtError(what, where=str(path), fix=fix)
 
 
-def _infer(path: Path, content: Weights, arguments: dict[str, Any]) -> tuple[str, nn.Module, dict[str, Any]]:
-    """The one architecture that the file name suggests and every tensor fits."""
-    import torch
+def _infer(
+    path: Path, content: Weights, arguments: dict[str, Any]
+) -> tuple[str, dict[str, Any], nn.Module, dict[str, Any]]:
+    """The one architecture that the file's name or a config.json beside it suggests and every tensor fits.
 
-    suggested = zoo.candidates(path)
+    Returns:
+        Architecture, its arguments, the network, the table of tensors.
+    """
     fits = []
     near: tuple[str, Mismatch] | None = None
-    for name, model in suggested:
-        with torch.device("meta"):
-            outline = zoo.build(name, model, arguments)
-        table, mismatch = fit(content.tensors, outline)
+    for candidate in zoo.candidates(path):
+        wanted = {**candidate.arguments, **arguments}
+        table, mismatch = fit(content.tensors, _outline(candidate.arch, wanted))
         if not mismatch:
-            fits.append((f"{name}:{model}", table))
+            fits.append((candidate, wanted, table))
         elif near is None:
-            near = f"{name}:{model}", mismatch
+            near = candidate.arch, mismatch
     if len(fits) == 1:
-        arch, table = fits[0]
-        return arch, instantiate(arch, arguments)[0], table
+        candidate, wanted, table = fits[0]
+        network = instantiate(candidate.arch, wanted)[0]
+        if candidate.preprocess:
+            zoo.state_preprocess(network, candidate.preprocess)
+        return candidate.arch, wanted, network, table
     if fits:
-        listed = " or ".join(f"--arch {arch}" for arch, _ in fits)
+        listed = " or ".join(f"--arch {candidate.arch}" for candidate, _, _ in fits)
         raise AnncvtError("several architectures fit these weights", where=str(path), fix=f"say which: {listed}")
     if near is not None:
         raise _wrong_architecture(path, near[0], near[1], content)
@@ -247,6 +261,17 @@ def _infer(path: Path, content: Weights, arguments: dict[str, Any]) -> tuple[str
         fix="pass --arch torchvision:NAME, --arch timm:NAME, or --arch module:factory with its .py file beside "
         "the checkpoint",
     )
+
+
+def _outline(arch: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The architecture without memory for its weights, where its constructor allows that."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return instantiate(arch, arguments)[0]
+    except AnncvtError:  # a constructor that looks at values
+        return instantiate(arch, arguments)[0]
 
 
 def _pickled_module(path: Path, checkpoint: Checkpoint) -> nn.Module:

@@ -1,8 +1,8 @@
-"""Modules on the adder op, drop-in for ``torch.nn.Conv1d/2d/3d``: same attributes, same ``state_dict`` keys."""
+"""Modules on the adder op, drop-in for ``torch.nn.Conv1d/2d/3d`` and ``Linear``: same ``state_dict`` keys."""
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +11,29 @@ from torch.nn.modules.conv import _ConvNd
 
 import anncvt.runtime.op  # noqa: F401  (registers torch.ops.anncvt.adder2d)
 
-_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+class LastNorm(nn.BatchNorm1d):
+    """BatchNorm over the last dimension, ``[..., C] -> [..., C]``: what follows a Linear layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, -2)).view_as(x)
+
+
+_NORMS: dict[int, type[nn.Module]] = {0: LastNorm, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def channels_first(module: nn.Module, x: Tensor) -> Tensor:
+    """``x`` ``[N, C, *]`` as it is, or ``[N, *, C]`` turned so, for what goes into or comes out of ``module``."""
+    return x.movedim(-1, 1) if isinstance(module, (LastNorm, AdderLinear)) else x
 
 
 class _AdderNd(nn.Module):
-    """Shared by the three: parameters, padding, bias, optional norm. ``weight`` is ``[O, C/groups, *kernel_size]``."""
+    """Shared by all: parameters, padding, bias, optional norm. ``weight`` is ``[O, C/groups, *kernel_size]``."""
 
     ndim: int
     norm: nn.Module | None
+    #: Pads as TensorFlow's SAME does, by the size of each input, instead of by ``padding``.
+    same: bool = False
 
     def __init__(
         self,
@@ -63,8 +78,14 @@ class _AdderNd(nn.Module):
         return tuple((p, p) for p in self._tuple(cast("int | tuple[int, ...]", padding)))
 
     @classmethod
-    def from_conv(cls, conv: _ConvNd, *, norm: bool = False, gradient: str = "full") -> _AdderNd:
-        """An adder of the same geometry on the convolution's own Parameter objects (nothing is copied)."""
+    def from_conv(
+        cls, conv: _ConvNd, *, weight: nn.Parameter | None = None, norm: bool = False, gradient: str = "full"
+    ) -> _AdderNd:
+        """An adder of the same geometry on the convolution's own Parameter objects (nothing is copied).
+
+        Args:
+            weight: takes the place of the convolution's, where that is computed from others.
+        """
         adder = cls(
             conv.in_channels,
             conv.out_channels,
@@ -78,8 +99,11 @@ class _AdderNd(nn.Module):
             norm=norm,
             gradient=gradient,
         )
-        adder.weight, adder.bias = cast(nn.Parameter, conv.weight), cast("nn.Parameter | None", conv.bias)
-        return adder.train(conv.training).to(conv.weight.device)
+        return adder._adopt(conv, cast(nn.Parameter, conv.weight) if weight is None else weight)
+
+    def _adopt(self, layer: _ConvNd | nn.Linear, weight: nn.Parameter) -> Any:
+        self.weight, self.bias = weight, cast("nn.Parameter | None", layer.bias)
+        return self.train(layer.training).to(weight.device)
 
     def extra_repr(self) -> str:
         return (
@@ -93,14 +117,21 @@ class _AdderNd(nn.Module):
 
     def response(self, x: Tensor) -> Tensor:
         """The adder's own output (with its bias), before a norm of its own."""
+        padding = self._same(x) if self.same else self.padding
         if self.padding_mode == "zeros":
-            y = self._adder(x, self.padding)
+            y = self._adder(x, padding)
         else:
-            flat = [side for pair in reversed(self.padding) for side in pair]
+            flat = [side for pair in reversed(padding) for side in pair]
             y = self._adder(F.pad(x, flat, mode=self.padding_mode), ((0, 0),) * self.ndim)
         if self.bias is not None:
             y = y + self.bias.view(-1, *(1,) * self.ndim)
         return y
+
+    def _same(self, x: Tensor) -> tuple[tuple[int, int], ...]:
+        """TensorFlow's SAME: ``ceil(size / stride)`` outputs, the odd pixel behind."""
+        geometry = zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True)
+        total = [max((-(-size // s) - 1) * s + d * (k - 1) + 1 - size, 0) for size, k, s, d in geometry]
+        return tuple((t // 2, t - t // 2) for t in total)
 
     def _adder(self, x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
         raise NotImplementedError
@@ -162,6 +193,32 @@ class AdderConv3d(_AdderNd):
             total = y if total is None else total + y
         assert total is not None
         return total.transpose(1, 2)
+
+
+class AdderLinear(_AdderNd):
+    """``y = -sum |x - w|`` over the last dimension, ``[N, ..., C] -> [N, ..., O]``: the op with a 1x1 kernel."""
+
+    ndim = 0
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, *, norm: bool = False, gradient: str = "full"
+    ) -> None:
+        super().__init__(in_features, out_features, (), (), (), (), 1, bias, norm=norm, gradient=gradient)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, norm: bool = False, gradient: str = "full") -> AdderLinear:
+        """An adder on the Linear layer's own Parameter objects."""
+        adder = cls(linear.in_features, linear.out_features, norm=norm, gradient=gradient)
+        return adder._adopt(linear, cast(nn.Parameter, linear.weight))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, gradient={self.gradient!r}"
+
+    def _adder(self, x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
+        first = x.movedim(-1, 1)
+        maps = first if first.dim() == 4 else first.reshape(first.shape[0], first.shape[1], 1, -1)
+        y = self._adder2d(maps, self.weight[:, :, None, None], (1, 1), ((0, 0), (0, 0)), (1, 1))
+        return y.reshape(y.shape[0], y.shape[1], *first.shape[2:]).movedim(1, -1)
 
 
 def adder_class(ndim: int) -> type[_AdderNd]:

@@ -12,6 +12,8 @@ from typing import Any, TextIO
 
 import click
 
+from anncvt.passes.choice import POLICIES
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -144,8 +146,23 @@ def model(command: Command) -> Command:
 def layers(command: Command) -> Command:
     """Which layers become adders."""
     return _all(
-        click.option("--keep", multiple=True, metavar="GLOB", help="Layers that stay convolutions (repeatable)."),
+        click.option("--keep", multiple=True, metavar="GLOB", help="Layers that stay as they are (repeatable)."),
         click.option("--swap", multiple=True, metavar="GLOB", help="Layers that become adders (repeatable)."),
+        click.option(
+            "--policy",
+            type=click.Choice(list(POLICIES)),
+            help="What stays by default. no-depthwise: stem, classifier, gates and depthwise convolutions; paper: stem "
+            "and classifier; all: what has no adder counterpart.  [default: no-depthwise]",
+        ),
+        click.option(
+            "--plan",
+            "plan_file",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            metavar="FILE",
+            help="Take the actions in FILE, an edited output of `anncvt plan --json`.",
+        ),
+        click.option("--linear", is_flag=True, help="Linear layers become adders, too."),
+        click.option("--dump", type=click.Path(file_okay=False), metavar="DIR", help="Write graphs around each pass."),
     )(command)
 
 

@@ -20,6 +20,8 @@ from anncvt.errors import AnncvtError
 #: A checkpoint's pickle holds names, shapes and settings; one with more steps than this is not a checkpoint.
 MAX_OPCODES = 20_000_000
 MAX_BYTES = 512 << 20
+#: Tuples inside a tuple, each counted as often as it occurs there: hashing one visits them all.
+MAX_NESTED = 10_000
 
 #: Storage classes of torch, by the dtype of their elements.
 STORAGE_DTYPES = {
@@ -179,15 +181,64 @@ def corrupt(where: str, detail: str) -> AnncvtError:
 def _bounded(stream: IO[bytes]) -> bytes:
     """The bytes of the next pickle, after a static walk that bounds what reading it can cost."""
     start = stream.tell()
+    nesting = _Nesting()
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if count > MAX_OPCODES or stream.tell() - start > MAX_BYTES:
             raise ValueError("its index is absurdly large")
         # The memo is an array in CPython: one huge index would allocate gigabytes.
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > MAX_OPCODES:
             raise ValueError("its index is absurdly large")
+        if nesting.step(opcode, argument) > MAX_NESTED:
+            raise ValueError("its index is absurdly nested")
     end = stream.tell()
     stream.seek(start)
     return stream.read(end - start)
+
+
+class _Nesting:
+    """How many tuples each value on a pickle's stack contains, without building one.
+
+    A few dozen bytes can name a tuple of two equal tuples of two equal tuples and so on: small in memory, but whoever
+    hashes it (a dictionary whose key it is) visits every path.
+    """
+
+    def __init__(self) -> None:
+        self.stack: list[int | None] = []  # None: a mark
+        self.memo: dict[int, int] = {}
+
+    def step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> int:
+        """Take one opcode; returns the number for the value it leaves on top."""
+        name, stack = opcode.name, self.stack
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if name == "MEMOIZE" else int(argument)] = stack[-1] or 0
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(self.memo.get(int(argument), 0))
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name == "MARK":
+            stack.append(None)
+        elif name == "POP":
+            stack.pop()
+        else:
+            to_mark, single, made = _STACK_EFFECTS[name]
+            taken = 0
+            while to_mark and (value := stack.pop()) is not None:
+                taken += value
+            for _ in range(single):
+                taken += stack.pop() or 0
+            for _ in range(made):
+                stack.append(1 + taken if name.startswith("TUPLE") else 0)
+        return (stack[-1] or 0) if stack else 0
+
+
+def _stack_effect(opcode: pickletools.OpcodeInfo) -> tuple[bool, int, int]:
+    """Whether all down to a mark is popped, how many values besides, and how many are pushed."""
+    to_mark = pickletools.markobject in opcode.stack_before
+    slices = (pickletools.markobject, pickletools.stackslice)
+    return to_mark, sum(kind not in slices for kind in opcode.stack_before), len(opcode.stack_after)
+
+
+_STACK_EFFECTS = {opcode.name: _stack_effect(opcode) for opcode in pickletools.opcodes}
 
 
 def _harmless(name: str) -> bool:

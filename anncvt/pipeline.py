@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ from anncvt.evaluation import evaluate
 from anncvt.loading import load
 from anncvt.measure import DataChoice, accuracy, accuracy_on, remember
 from anncvt.passes.calibrate import calibrate
+from anncvt.passes.choice import Choice
+from anncvt.passes.pipeline import apply
 from anncvt.passes.plan import plan
 from anncvt.passes.rewrite import rewrite
 from anncvt.program import Program
@@ -80,11 +82,11 @@ def convert(
     calibration: DataChoice,
     training: DataChoice | None,
     config: DistillConfig,
-    keep: Sequence[str] = (),
-    swap: Sequence[str] = (),
+    choice: Choice,
     budget: float | None = None,
     resume: bool = False,
     force: bool = False,
+    dump: Path | None = None,
     options: Mapping[str, Any],
     progress: Progress = SILENT,
 ) -> Program:
@@ -96,9 +98,10 @@ def convert(
     if fresh:
         _check_free(output, resume, force)
         program = _anew(open_model(model, data=calibration, progress=progress, **options))
-        program = rewrite(plan(program, keep=keep, swap=swap, progress=progress))
+        program = apply(plan, program, choice, to=dump, progress=progress)
+        program = apply(rewrite, program, to=dump)
     else:
-        program = _continue(model, output, keep, swap)
+        program = _continue(model, output, choice)
         progress.note(f"{output}: resuming after the stage '{program.stage}'")
     yardstick = Yardstick.find(program, training or calibration, required=training is not None, progress=progress)
     images = None
@@ -111,7 +114,7 @@ def convert(
         _clear(output)
         folder.save(program, output)
     if images is not None:
-        program = calibrate(program, images, budget=budget, seed=calibration.seed, progress=progress)
+        program = apply(calibrate, program, images, to=dump, budget=budget, seed=calibration.seed, progress=progress)
         yardstick.record(program, progress)
         folder.save(program, output)
     if training is not None and not reached(program, "distilled"):
@@ -196,7 +199,7 @@ def reached(program: Program, stage: str) -> bool:
     return any(record.stage == stage for record in program.history)
 
 
-def _continue(model: str | Path | nn.Module, output: Path, keep: Sequence[str], swap: Sequence[str]) -> Program:
+def _continue(model: str | Path | nn.Module, output: Path, choice: Choice) -> Program:
     """The program in ``output``, which has to be that of this MODEL and these choices."""
     path = Path(model) if isinstance(model, str | os.PathLike) else None
     program = folder.open_folder(output, model=None if isinstance(model, str | os.PathLike) else model)
@@ -204,9 +207,11 @@ def _continue(model: str | Path | nn.Module, output: Path, keep: Sequence[str], 
     if path is not None and path.is_file() and program.source.sha256 not in (None, sha256(path)):
         raise AnncvtError(f"was made from another checkpoint than {model}", where=str(output), fix=fix)
     planned = next((record.metrics for record in program.history if record.stage == "planned"), {})
-    for name, globs in (("keep", keep), ("swap", swap)):
-        if globs and sorted(globs) != sorted(planned.get(name, ())):
-            raise AnncvtError(f"was planned with other --{name} patterns", where=str(output), fix=fix)
+    wanted, default = choice.to_json(), Choice().to_json()
+    for name, value in wanted.items():
+        if value != default.get(name) and value != planned.get(name):
+            option = {"file": "plan"}.get(name, name)
+            raise AnncvtError(f"was planned with another --{option}", where=str(output), fix=fix)
     if program.student is None:
         raise AnncvtError("holds no adder network to go on with", where=str(output), fix=fix)
     return program

@@ -31,6 +31,7 @@ from anncvt.evaluation import evaluate
 from anncvt.features import FEATURE_LOSSES, FeatureLoss
 from anncvt.files import atomic_path
 from anncvt.images import augment, normalise
+from anncvt.nn import channels_first
 from anncvt.optim import adaptive_adder_step
 from anncvt.passes.objectives import divergence
 from anncvt.passes.pairing import gradients, outputs_of, pairs
@@ -213,8 +214,11 @@ class _Training:
             "kd": config.alpha * divergence(got, wanted.detach(), config.temperature),
         }
         if self.features is not None:
-            adders = [outputs[pair.adder][0] for pair in self.paired]
-            convolutions = [outputs[module][0] for module in self.teaching_pairs]
+            adders = [channels_first(pair.adder, outputs[pair.adder][0]) for pair in self.paired]
+            convolutions = [
+                channels_first(pair.adder, outputs[module][0])
+                for pair, module in zip(self.paired, self.teaching_pairs, strict=True)
+            ]
             terms["mid"] = config.beta * self.features(adders, convolutions)
         loss = torch.stack(list(terms.values())).sum()
         value = float(loss.detach())

@@ -35,7 +35,9 @@ def choose_preprocess(
     stem = _stem(network)
     channels = stem.in_channels if stem is not None else 3
     assumed = []
-    size = _size(input_size, channels, len(stem.kernel_size) if stem is not None else 2)
+    # The first convolution that is registered need not be the first that runs.
+    possible = (channels, *([known.input_size[0]] if known else []))
+    size = _size(input_size, possible, len(stem.kernel_size) if stem is not None else 2)
     if size is None:
         size = known.input_size if known else _default_size(stem, channels)
         if not known:
@@ -63,7 +65,8 @@ def _stem(network: nn.Module) -> _ConvNd | None:
     return next((cast("_ConvNd", m) for m in network.modules() if isinstance(m, _ConvNd)), None)
 
 
-def _size(given: int | tuple[int, ...] | None, channels: int, ndim: int) -> tuple[int, ...] | None:
+def _size(given: int | tuple[int, ...] | None, possible: tuple[int, ...], ndim: int) -> tuple[int, ...] | None:
+    channels = possible[0]
     if given is None:
         return None
     values = (given,) if isinstance(given, int) else tuple(given)
@@ -74,7 +77,7 @@ def _size(given: int | tuple[int, ...] | None, channels: int, ndim: int) -> tupl
     if len(values) == ndim:
         return (channels, *values)
     if len(values) == ndim + 1:
-        if values[0] != channels:
+        if values[0] not in possible:
             raise AnncvtError(
                 f"the first convolution reads {channels} channels, not {values[0]}",
                 fix=f"for example --input-size {_list((channels, *values[1:]))}",
@@ -90,7 +93,10 @@ def _default_size(stem: _ConvNd | None, channels: int) -> tuple[int, ...]:
     """Networks whose first convolution keeps the resolution are made for small images (CIFAR's 32x32)."""
     if stem is None:
         return (channels, 224, 224)
-    pixels = 32 if all(step == 1 for step in stem.stride) else 224
+    small = all(step == 1 for step in stem.stride)
+    if len(stem.kernel_size) == 3 and not small:  # videos: frames, height, width
+        return (channels, zoo.FRAMES, 112, 112)
+    pixels = 32 if small else 224
     return (channels, *(pixels,) * len(stem.kernel_size))
 
 

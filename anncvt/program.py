@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from anncvt.cost import energy
 from anncvt.errors import AnncvtError
 
 if TYPE_CHECKING:
@@ -44,14 +45,14 @@ class Source:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What happens to one convolution.
+    """What happens to one convolution, or Linear layer (which has no kernel).
 
     ``macs`` is for one image. ``adds`` and ``muls`` count the planned layer: an adder tap is two additions, a
     convolution tap is one of each.
     """
 
     name: str  # qualified name, the key that pairs student and teacher
-    kind: str  # Conv1d, Conv2d, ...
+    kind: str  # Conv1d, Conv2d, ..., Linear
     action: str  # "swap" or "keep"
     reason: str
     in_shape: tuple[int, ...]
@@ -71,11 +72,20 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes a training step takes: ``fixed``, and ``per_image`` of the batch."""
+
+    fixed: int
+    per_image: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """One :class:`LayerPlan` per convolution, in execution order."""
+    """One :class:`LayerPlan` per layer, in execution order."""
 
     layers: tuple[LayerPlan, ...]
-    other_macs: int = 0  # of layers that are not convolutions (Linear, ...)
+    other_macs: int = 0  # of Linear layers that are not in ``layers``
+    memory: TrainingMemory | None = None
 
     @property
     def swapped(self) -> tuple[LayerPlan, ...]:
@@ -85,20 +95,26 @@ class Plan:
         """Counts over the whole network, for one image."""
         macs = sum(layer.macs for layer in self.layers) + self.other_macs
         swapped = sum(layer.macs for layer in self.swapped)
+        adds, muls = (sum(getattr(layer, kind) for layer in self.layers) + self.other_macs for kind in ("adds", "muls"))
         return {
-            "convolutions": len(self.layers),
+            "convolutions": sum(layer.kind != "Linear" for layer in self.layers),
+            "linears": sum(layer.kind == "Linear" for layer in self.layers),
             "swapped": len(self.swapped),
+            "swapped_linears": sum(layer.kind == "Linear" for layer in self.swapped),
             "macs": macs,
             "swapped_macs": swapped,
             "swapped_share": swapped / macs if macs else 0.0,
-            "adds": sum(layer.adds for layer in self.layers) + self.other_macs,
-            "muls": sum(layer.muls for layer in self.layers) + self.other_macs,
+            "adds": adds,
+            "muls": muls,
+            "cnn_joules": energy(macs, macs),
+            "joules": energy(adds, muls),
         }
 
     def to_json(self) -> dict[str, Any]:
         return {
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "other_macs": self.other_macs,
+            "memory": None if self.memory is None else dataclasses.asdict(self.memory),
             "totals": self.totals(),
         }
 
@@ -115,7 +131,12 @@ class Plan:
                 {k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k in known}
                 for row in data["layers"]
             ]
-            return cls(tuple(LayerPlan(**row) for row in rows), int(data.get("other_macs", 0)))
+            memory = data.get("memory")
+            return cls(
+                tuple(LayerPlan(**row) for row in rows),
+                int(data.get("other_macs", 0)),
+                None if memory is None else TrainingMemory(int(memory["fixed"]), int(memory["per_image"])),
+            )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise AnncvtError(f"not a plan: {error!r}", fix="write one with `anncvt plan MODEL --json`") from error
 

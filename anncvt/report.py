@@ -12,7 +12,7 @@ from rich.table import Table
 
 from anncvt.measure import accuracy as measured_accuracy
 from anncvt.pipeline import PRODUCTS
-from anncvt.program import Plan, Program
+from anncvt.program import LayerPlan, Plan, Program
 
 ROLES = {"teacher": "teacher (CNN)", "student": "student (adders)"}
 
@@ -29,27 +29,50 @@ def accuracy(measured: dict[str, Any]) -> RenderableType:
 
 
 def plan(decided: Plan) -> RenderableType:
-    """Every convolution with what happens to it and why, and the totals."""
-    table = _table("layer", kind=False, output=False, action=False, macs="MACs", adds="adds", muls="muls", reason=False)
+    """Every layer with what happens to it and why, and the totals."""
+    table = _table("layer", kind=False, output=False, macs="MACs", action=False, norm=False, reason=False)
     for layer in decided.layers:
-        shape = "x".join(map(str, layer.out_shape[1:]))
         table.add_row(
-            escape(layer.name),
-            f"{layer.kind} {'x'.join(map(str, layer.kernel))}",
-            shape,
-            "[green]adder[/]" if layer.swapped else "[dim]keep[/]",
+            escape(layer.name or "(the network)"),
+            " ".join([layer.kind, "x".join(map(str, layer.kernel))]).strip(),
+            "x".join(map(str, layer.out_shape[1:])),
             count(layer.macs),
-            count(layer.adds),
-            count(layer.muls),
+            "[green]adder[/]" if layer.swapped else "[dim]keep[/]",
+            _norm(layer),
             escape(layer.reason),
         )
+    return Group(table, *_totals(decided))
+
+
+def _adders(totals: dict[str, Any]) -> str:
+    """``18 of 19 convolutions and 2 of 3 Linear layers``."""
+    linear, swapped = totals["linears"], totals["swapped_linears"]
+    shown = f"{totals['swapped'] - swapped} of {totals['convolutions']} convolutions"
+    return shown + (f" and {swapped} of {linear} Linear layers" if linear else "")
+
+
+def _norm(layer: LayerPlan) -> str:
+    if layer.insert_bn:
+        return "[yellow]inserted[/]"
+    return "" if layer.bn is None else escape(layer.bn)
+
+
+def _totals(decided: Plan) -> list[str]:
     totals = decided.totals()
-    line = (
-        f"{totals['swapped']} of {totals['convolutions']} convolutions become adders: "
-        f"{totals['swapped_share']:.1%} of {count(totals['macs'])} multiply-accumulates; then "
-        f"{count(totals['adds'])} additions and {count(totals['muls'])} multiplications an image"
-    )
-    return Group(table, line)
+    inserted = sum(layer.insert_bn for layer in decided.layers)
+    lines = [
+        f"{_adders(totals)} become adders: {totals['swapped_share']:.1%} of {count(totals['macs'])} "
+        "multiply-accumulates" + (f" ({count(decided.other_macs)} are in Linear layers)" if decided.other_macs else ""),
+        f"an image then takes {count(totals['adds'])} additions and {count(totals['muls'])} multiplications; at 45 nm "
+        f"in float32 {count(totals['joules'])}J, the CNN {count(totals['cnn_joules'])}J (arithmetic alone; Horowitz, "
+        "ISSCC 2014)",
+    ]
+    if inserted:
+        lines.append(f"{inserted} adders get a BatchNorm of their own, because none follows")
+    if decided.memory is not None:
+        size, image = decided.memory.fixed, decided.memory.per_image
+        lines.append(f"a training step takes about {count(size)}B and {count(image)}B per image of the batch")
+    return lines
 
 
 def parity(result: dict[str, Any]) -> RenderableType:
@@ -120,7 +143,7 @@ def program(facts: dict[str, Any]) -> RenderableType:
     about.add_row("input", f"{'x'.join(map(str, facts['input_size']))}, mean {facts['mean']}, std {facts['std']}")
     totals = facts["totals"]
     if totals:
-        about.add_row("adders", f"{totals['swapped']} of {totals['convolutions']} convolutions")
+        about.add_row("adders", _adders(totals))
         about.add_row("an image takes", f"{count(totals['adds'])} additions, {count(totals['muls'])} multiplications")
         about.add_row("the CNN took", f"{count(totals['macs'])} of each")
     history = _table("stage", seconds="seconds", figures=False)
@@ -136,10 +159,10 @@ def program(facts: dict[str, Any]) -> RenderableType:
 
 
 def count(number: float) -> str:
-    """``41213000`` as ``41.2 M``."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    """``41213000`` as ``41.2 M``, ``0.0012`` as ``1.2 m``."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1), ("m", 1e-3), ("u", 1e-6), ("n", 1e-9)):
         if number >= size:
-            return f"{number / size:.3g} {unit}"
+            return f"{number / size:.3g} {unit}" if unit else f"{number:g}"
     return f"{number:g}"
 
 

@@ -1,4 +1,4 @@
-"""Put a plan into effect: convolutions become adders, in place, by qualified name."""
+"""Put a plan into effect: layers become adders, in place, by qualified name."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
 
+    from anncvt.nn import _AdderNd
+
 
 def swap(network: nn.Module, plan: Plan) -> int:
-    """Replace the planned convolutions of ``network`` by adders on the same Parameter objects.
+    """Replace the planned layers of ``network`` by adders on the same Parameter objects.
 
-    The names in ``state_dict()`` stay; a layer with ``insert_bn`` adds ``NAME.norm.*``. A module that is registered
-    under several names is replaced once and shared again. Adders that are in place already are left alone.
+    The names in ``state_dict()`` stay; a layer with ``insert_bn`` adds ``NAME.norm.*``. A layer that computes its
+    weight from others (weight standardisation, weight norm) becomes an adder of the weight as it is now,
+    ``NAME.weight``. A module that is registered under several names is replaced once and shared again. Adders that are
+    in place already are left alone.
 
     Returns:
         How many modules were replaced.
@@ -26,18 +30,16 @@ def swap(network: nn.Module, plan: Plan) -> int:
     """
     import torch
 
-    from anncvt.nn import _AdderNd, adder_class
+    from anncvt.nn import _AdderNd
 
     named = dict(network.named_modules(remove_duplicate=False))
     planned = {layer.name: _checked(layer, named.get(layer.name)) for layer in plan.swapped}
     adders: dict[int, nn.Module] = {}
     for layer in plan.swapped:
-        conv = planned[layer.name]
-        if not isinstance(conv, _AdderNd) and id(conv) not in adders:
-            convolution = cast("_ConvNd", conv)
-            maker = adder_class(len(convolution.kernel_size))
+        module = planned[layer.name]
+        if not isinstance(module, _AdderNd) and id(module) not in adders:
             with torch.random.fork_rng(devices=[]):  # its own initial weights are thrown away
-                adders[id(conv)] = maker.from_conv(convolution, norm=layer.insert_bn)
+                adders[id(module)] = _adder(layer, module)
     for name, module in named.items():
         if id(module) in adders:
             owner, _, leaf = name.rpartition(".")
@@ -45,12 +47,34 @@ def swap(network: nn.Module, plan: Plan) -> int:
     return len(adders)
 
 
+def _adder(layer: LayerPlan, module: nn.Module) -> _AdderNd:
+    from torch import nn
+
+    from anncvt.convolution import NoForm, form_of
+    from anncvt.nn import AdderLinear, adder_class
+
+    if isinstance(module, nn.Linear):
+        return AdderLinear.from_linear(module, norm=layer.insert_bn)
+    conv = cast("_ConvNd", module)
+    try:
+        form = form_of(conv)
+    except NoForm as reason:
+        raise _changed(f"{layer.name} cannot become an adder any more ({reason})") from reason
+    weight = nn.Parameter(form.weight.clone()) if form.folded else None
+    adder = adder_class(len(conv.kernel_size)).from_conv(conv, weight=weight, norm=layer.insert_bn)
+    adder.same = form.same
+    return adder
+
+
 def _checked(layer: LayerPlan, module: nn.Module | None) -> nn.Module:
-    """The module a plan names, if it still is the convolution (or already the adder) that was planned."""
+    """The module a plan names, if it still is the layer (or already the adder) that was planned."""
+    from torch import nn
     from torch.nn.modules.conv import _ConvNd
 
     from anncvt.nn import _AdderNd
 
+    if isinstance(module, nn.Linear) and layer.kind == "Linear":
+        return module
     if not isinstance(module, (_ConvNd, _AdderNd)):
         found = "nothing" if module is None else f"a {type(module).__name__}"
         raise _changed(f"{layer.name} was a {layer.kind}, now there is {found}")

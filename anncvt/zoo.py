@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
+import logging
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from anncvt.errors import AnncvtError
+from anncvt.errors import AnncvtError, first_line
 from anncvt.program import Preprocess
 
 if TYPE_CHECKING:
@@ -18,7 +22,26 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ZOOS = ("torchvision", "timm")
+#: A clip of a video network, unless the user says else.
+FRAMES = 16
 _KEEP_ALIVE: list[Any] = []
+_untold: list[str] = []
+#: What a configuration file may not tell timm's factory: to read other files, or to fetch weights.
+_NOT_FROM_FILES = frozenset({"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"})
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An architecture that a checkpoint may be of."""
+
+    zoo: str
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    preprocess: Mapping[str, Any] = field(default_factory=dict)  # input_size, mean, std as its configuration says
+
+    @property
+    def arch(self) -> str:
+        return f"{self.zoo}:{self.name}"
 
 
 def import_torchvision() -> ModuleType:
@@ -46,6 +69,10 @@ def import_torchvision() -> ModuleType:
     for op in ("nms", "qnms"):
         library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _KEEP_ALIVE.append(library)  # its definitions go with it
+    _untold.append(
+        "torchvision is built for CUDA, torch here is not: its models work, but not its compiled operators (detection, "
+        "deformable convolutions)"
+    )
     for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
     try:
@@ -54,6 +81,11 @@ def import_torchvision() -> ModuleType:
         raise AnncvtError(
             f"torchvision does not fit the installed torch: {error}", fix="install the release made for it"
         ) from error
+
+
+def take_note() -> str | None:
+    """What the user should know about the installed torchvision, the first time anyone asks."""
+    return _untold.pop() if _untold else None
 
 
 def import_timm() -> ModuleType:
@@ -98,9 +130,55 @@ def build(zoo: str, name: str, arguments: Mapping[str, Any], *, pretrained: bool
             options["weights_backbone"] = None
         return models.get_model(name, **options)
     timm = import_timm()
-    if not name.startswith(("hf-hub:", "hf_hub:")) and not timm.is_model(name.partition(".")[0]):
+    if not name.startswith("hf-hub:") and not timm.is_model(name.partition(".")[0]):
         raise _unknown(zoo, name, timm.list_models())
-    return timm.create_model(name, pretrained=pretrained, **arguments)
+    with _quiet_downloads():
+        return timm.create_model(name, pretrained=pretrained, **arguments)
+
+
+def hub_architecture(name: str) -> Candidate:
+    """What the configuration of ``hf-hub:OWNER/MODEL`` says, so that the network can be built again without the hub.
+
+    Raises:
+        AnncvtError: no network and nothing cached, no such model, or it is not a timm model.
+    """
+    import_timm()
+    hub = importlib.import_module("timm.models._hub")
+    try:
+        with _quiet_downloads():
+            config, architecture, arguments = hub.load_model_config_from_hf(name.partition(":")[2])
+    except Exception as error:  # a dozen kinds of the hub's client
+        raise AnncvtError(
+            f"the configuration of {name} cannot be had: {first_line(error).partition('. ')[0]}",
+            fix="check the name and the network, or download its config.json and weights into one folder and name the "
+            "weights file",
+        ) from error
+    return _configured({**config, "architecture": architecture, "model_args": arguments})
+
+
+def _configured(config: Mapping[str, Any]) -> Candidate:
+    """timm's configuration of a model (``config.json`` on the hub)."""
+    inner, arguments = config.get("pretrained_cfg"), config.get("model_args")
+    own = inner if isinstance(inner, Mapping) else config
+    given = arguments.items() if isinstance(arguments, Mapping) else ()
+    kept = {name: value for name, value in given if name not in _NOT_FROM_FILES}
+    classes = config.get("num_classes") or own.get("num_classes")
+    if isinstance(classes, int):
+        kept = {"num_classes": classes} | kept
+    stated = {name: own[name] for name in ("input_size", "mean", "std") if isinstance(own.get(name), list | tuple)}
+    return Candidate("timm", str(config.get("architecture", "")), kept, stated)
+
+
+@contextlib.contextmanager
+def _quiet_downloads() -> Iterator[None]:
+    """Without the hub's log of every retry: the caller says once what came of it."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 #: Their factories would download a backbone even without weights of their own.
@@ -116,27 +194,53 @@ def stated_preprocess(network: nn.Module) -> Preprocess | None:
     return Preprocess(tuple(config["input_size"]), tuple(mean), tuple(std))
 
 
+def state_preprocess(network: Any, stated: Mapping[str, Any]) -> None:
+    """Let a timm network carry another ``input_size``, ``mean`` or ``std`` than its architecture's."""
+    network.pretrained_cfg = {**network.pretrained_cfg, **stated}
+
+
 def torchvision_preprocess(name: str) -> Preprocess | None:
-    """torchvision's preprocessing of an architecture, where it states one for still images."""
+    """torchvision's preprocessing of an architecture, where it states one: for images, segmentation and videos."""
     import_torchvision()
     models = importlib.import_module("torchvision.models")
     try:
         transform = models.get_model_weights(name).DEFAULT.transforms()
-        size, mean, std = transform.crop_size, transform.mean, transform.std
-    except (AttributeError, ValueError, TypeError):  # segmentation and video state other things
+        mean, std = transform.mean, transform.std
+        # Segmentation resizes the shorter side and does not crop.
+        size = list(getattr(transform, "crop_size", None) or transform.resize_size)
+    except (AttributeError, ValueError, TypeError):  # detection states other things
         return None
-    return Preprocess((3, size[0], size[0]), tuple(mean), tuple(std)) if len(size) == 1 else None
+    frames = [FRAMES] if type(transform).__name__ == "VideoClassification" else []
+    return Preprocess((3, *frames, size[0], size[-1]), tuple(mean), tuple(std))
 
 
-def candidates(path: Path) -> list[tuple[str, str]]:
-    """``(zoo, name)`` pairs that a checkpoint's file name suggests: torchvision's URL exactly, else the same stem."""
-    exact = [("torchvision", name) for name in _torchvision_file(path.name)]
+def candidates(path: Path) -> list[Candidate]:
+    """What a checkpoint may be of: torchvision's file of that name, timm's config.json beside it, the same stem."""
+    exact = [Candidate("torchvision", name) for name in _torchvision_file(path.name)]
     if exact:
         return exact
+    beside = _config_beside(path)
+    if beside is not None:
+        return [beside]
     stem = re.sub(r"[-_.][0-9a-f]{8,}$", "", path.stem).replace("-", "_").lower()
     base, dot, _ = stem.partition(".")  # timm names a training recipe behind a dot: resnet18.a1_in1k
     zoos = ("timm",) if dot else ZOOS
-    return [(zoo, name) for zoo in zoos for name in names(zoo) if name.lower() == base]
+    return [Candidate(zoo, name) for zoo in zoos for name in names(zoo) if name.lower() == base]
+
+
+def _config_beside(path: Path) -> Candidate | None:
+    """The architecture that a hub's ``config.json`` in the same folder names, if it is one of timm's."""
+    file = path.with_name("config.json")
+    try:
+        if file.stat().st_size > 1 << 20:
+            return None
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        return None
+    found = _configured(config)
+    return found if found.name in names("timm") else None
 
 
 def _torchvision_file(file: str) -> list[str]:

@@ -124,7 +124,8 @@ class _Calibration:
         seconds = None if deadline is None else self.config.layer_share * (deadline - time.monotonic())
         chunks = self._chunks(_kept_images(plan, len(self.images)))
         fitted: dict[str, float] = {}
-        graph = trace(self.program.teacher).parts[0].graph
+        linear = any(layer.kind == "Linear" for layer in plan.swapped)
+        graph = trace(self.program.teacher, linear=linear).parts[0].graph
         with self.progress.task("fit layers", len(self.paired)) as task:
             at = self.paired[0].name
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from anncvt.nn import channels_first
 from anncvt.passes.initialise import fit_line, map_weights
 from anncvt.passes.objectives import unexplained
 from anncvt.passes.pairing import Pair
@@ -150,7 +151,7 @@ def _fit(
         ]
     )
     peaks = [group["lr"] for group in optimizer.param_groups]
-    size = max(8, how.positions // examples.targets[0][0, 0].numel())
+    size = max(8, how.positions // channels_first(norm, examples.targets[0])[0, 0].numel())
     batches = _batches(examples, size, generator)
 
     def step(factor: float) -> None:
@@ -181,10 +182,11 @@ def _settle(pair: Pair, norm: _BatchNorm, examples: _Examples, images: int = 102
     """Take the norm's statistics over many images at once; return R^2 there."""
     chunks = slice(0, -(-images // len(examples.inputs[0])))
     y = torch.cat([pair.adder.response(chunk) for chunk in examples.inputs[chunks]])
+    first = channels_first(norm, y)
     over = [d for d in range(y.dim()) if d != 1]
     assert norm.running_mean is not None and norm.running_var is not None
-    norm.running_mean.copy_(y.mean(over))
-    norm.running_var.copy_(y.var(over))
+    norm.running_mean.copy_(first.mean(over))
+    norm.running_var.copy_(first.var(over))
     return 1 - float(unexplained(norm(y), torch.cat(examples.targets[chunks])))
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from anncvt.convolution import effective_weight
+from anncvt.nn import channels_first
 from anncvt.passes.pairing import Pair, outputs_of
 from anncvt.passes.quantile_map import quantile_map, tent_table
 
@@ -66,10 +68,10 @@ def initialise(
 @torch.no_grad()
 def map_weights(pair: Pair, x: Tensor, generator: torch.Generator) -> None:
     """Give the adder the quantile-mapped weights of its convolution for inputs distributed like ``x`` ``[N, C, *]``."""
-    samples = x.transpose(0, 1).flatten(1)
+    samples = channels_first(pair.adder, x).transpose(0, 1).flatten(1)
     if samples.shape[1] > SAMPLES:
         samples = samples[:, torch.randperm(samples.shape[1], generator=generator)[:SAMPLES]]
-    weight = cast(Tensor, pair.conv.weight)
+    weight = effective_weight(pair.conv)
     pair.adder.weight.copy_(quantile_map(weight, tent_table(samples), pair.adder.groups))
     if pair.adder.bias is not None:
         pair.adder.bias.zero_()
@@ -78,6 +80,7 @@ def map_weights(pair: Pair, x: Tensor, generator: torch.Generator) -> None:
 @torch.no_grad()
 def fit_line(norm: _BatchNorm, y: Tensor, target: Tensor) -> float:
     """Make ``norm`` the per-channel least-squares line from ``y`` to ``target`` (both ``[N, C, *]``); return R^2."""
+    y, target = channels_first(norm, y), channels_first(norm, target)
     over = [d for d in range(y.dim()) if d != 1]
     shape = [1, -1] + [1] * (y.dim() - 2)
     mean, goal = y.mean(over), target.mean(over)

@@ -16,7 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from anncvt.errors import AnncvtError
+from anncvt.copies import outline
+from anncvt.errors import AnncvtError, first_line
 from anncvt.modes import eval_mode
 
 #: Convolutions that are called as functions, by what torch calls them.
@@ -33,15 +34,17 @@ FUNCTIONAL: dict[Any, str] = {
     )
 }
 _LINEAR = (F.linear,)
+#: Class names of deformable convolutions (torchvision's, mmcv's, ...): their op is no torch function.
+_DEFORMABLE = "DeformConv"
 
 
 @dataclass
 class Call:
-    """A convolution that ran, as a module or as a function."""
+    """A convolution or Linear layer that ran, as a module or as a function."""
 
     name: str  # qualified name; for a function, its owner's with the function's name behind it
     kind: str
-    module: _ConvNd | None
+    is_module: bool
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
     kernel: tuple[int, ...]
@@ -58,11 +61,20 @@ class Call:
 class Observation:
     """What one image causes."""
 
-    calls: dict[str, Call]  # in execution order
-    linear_macs: int
+    calls: dict[str, Call]  # convolutions, in execution order
+    linears: dict[str, Call]  # Linear modules, in execution order
+    linear_macs: int  # of these and of linear functions
     output_shape: tuple[int, ...]
     output_shapes: tuple[tuple[int, ...], ...]
     order: tuple[str, ...]  # names of the modules that ran, once each
+
+
+def observe_outline(network: nn.Module, input_size: tuple[int, ...]) -> Observation:
+    """:func:`observe` without data, in no time and memory, where the network's Python allows that."""
+    try:
+        return observe(outline(network), input_size)
+    except Exception:  # a forward that looks at values, or makes tensors of its own, needs real ones
+        return observe(network, input_size)
 
 
 def observe(network: nn.Module, input_size: tuple[int, ...]) -> Observation:
@@ -87,15 +99,19 @@ def observe(network: nn.Module, input_size: tuple[int, ...]) -> Observation:
         except AnncvtError:
             raise
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
+            missing = "custom C++ ops" in str(error)
             raise AnncvtError(
-                f"the forward pass on {list(image.shape)} failed: {type(error).__name__}: {lines[0]}",
-                fix="pass the network's input with --input-size CHANNELS,HEIGHT,WIDTH",
+                f"the forward pass on {list(image.shape)} failed: {type(error).__name__}: "
+                + first_line(error).partition(". ")[0],
+                fix="it needs compiled operators of torchvision, as detection networks do: install the torchvision "
+                "built for this torch"
+                if missing
+                else "pass the network's input with --input-size CHANNELS,HEIGHT,WIDTH",
             ) from error
     shapes = tuple(tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
     if not shapes:
         raise AnncvtError("the network's forward returns no tensor", fix="convert the part of it that does")
-    return Observation(watch.calls, watch.linear_macs, shapes[0], shapes, tuple(watch.order))
+    return Observation(watch.calls, watch.linears, watch.linear_macs, shapes[0], shapes, tuple(watch.order))
 
 
 def _required_inputs(network: nn.Module) -> list[str]:
@@ -111,6 +127,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.network = network
         self.calls: dict[str, Call] = {}
+        self.linears: dict[str, Call] = {}
         self.order: dict[str, None] = {}
         self.linear_macs = 0
         self._stack: list[tuple[str, nn.Module]] = []
@@ -140,7 +157,12 @@ class _Watch(TorchFunctionMode):
         return hook
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._stack.pop()
+        name, _ = self._stack.pop()
+        if _DEFORMABLE in type(module).__name__ and isinstance(output, Tensor):
+            weight: Any = module.weight
+            macs = output.numel() * math.prod(weight.shape[1:])
+            groups = inputs[0].shape[1] // weight.shape[1]
+            self._note(self.calls, name, module, (inputs[0], weight, output), macs, module.stride, groups)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -158,13 +180,16 @@ class _Watch(TorchFunctionMode):
             if func in FUNCTIONAL:
                 self._convolution(name, module, FUNCTIONAL[func], args, kwargs, output)
             elif func in _LINEAR:
-                self._linear(inputs, output)
+                self._linear(name, module, inputs, output)
         return output
 
-    def _linear(self, inputs: list[Tensor], output: Tensor) -> None:
-        self.linear_macs += output.numel() * inputs[0].shape[-1]
+    def _linear(self, name: str, module: nn.Module, inputs: list[Tensor], output: Tensor) -> None:
+        macs = output.numel() * inputs[0].shape[-1]
+        self.linear_macs += macs
         for call in self.calls.values():
             call.linear_after = True
+        if isinstance(module, nn.Linear):
+            self._note(self.linears, name, module, (inputs[0], inputs[1], output), macs, (), 1)
 
     def _convolution(
         self, owner: str, module: nn.Module, function: str, args: Any, kwargs: dict[str, Any], output: Tensor
@@ -174,32 +199,41 @@ class _Watch(TorchFunctionMode):
         transposed = "transpose" in function
         # Each output (transposed: each input) element of a channel meets the weights of one filter.
         macs = (x if transposed else output).numel() * math.prod(weight.shape[1:])
+        groups = (output if transposed else x).shape[1] // weight.shape[1]
         if isinstance(module, _ConvNd):
-            name, kind, conv = owner, type(module).__name__, module
+            self._note(self.calls, owner, module, (x, weight, output), macs, module.stride, groups)
         else:
-            name, kind, conv = f"{owner}.{function}" if owner else function, function, None
-        if name in self.calls:
-            call = self.calls[name]
-            call.macs += macs
-            call.calls += 1
+            name = f"{owner}.{function}" if owner else function
+            self._note(self.calls, name, function, (x, weight, output), macs, _stride(args, kwargs), groups)
+
+    def _note(
+        self,
+        calls: dict[str, Call],
+        name: str,
+        kind: nn.Module | str,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        macs: int,
+        stride: Any,
+        groups: int,
+    ) -> None:
+        x, weight, output = tensors
+        if name in calls:
+            calls[name].macs += macs
+            calls[name].calls += 1
         else:
-            ndim = weight.dim() - 2
-            channels = output.shape[1] if transposed else x.shape[1]
-            groups = channels // weight.shape[1]
-            call = Call(
+            calls[name] = Call(
                 name,
-                kind,
-                conv,
+                kind if isinstance(kind, str) else type(kind).__name__,
+                isinstance(kind, nn.Module),
                 tuple(x.shape),
                 tuple(output.shape),
                 tuple(weight.shape[2:]),
-                tuple(conv.stride) if conv is not None else _tuple(_stride(args, kwargs), ndim),
+                _tuple(stride, weight.dim() - 2),
                 groups,
                 macs,
                 reads_image=x is self._image,
             )
-            self.calls[name] = call
-        self._made[id(output)] = (output, call)
+        self._made[id(output)] = (output, calls[name])
 
 
 def _reader(name: str, module: nn.Module, func: Any) -> str:

@@ -61,7 +61,7 @@ def quantile_map(weight: Tensor, table: TentTable, groups: int = 1) -> Tensor:
     Per output channel the scale ``s`` minimises ``sum_i (v_i - s*slope_i)^2 var_i + s^2 * residual_i``: the signal lost
     where ``v_i / s`` saturates, plus the part of the tents that no line explains.
     """
-    flat = weight.detach().flatten(2)  # [O, C/g, K]
+    flat = weight.detach().reshape(*weight.shape[:2], -1)  # [O, C/g, K]
     per_group = weight.shape[0] // groups
     result = torch.empty_like(flat)
     for group in range(groups):

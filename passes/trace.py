@@ -3,12 +3,12 @@
 Tracing is hierarchical and lean. Hierarchical: a submodule whose Python cannot be traced (control flow on values,
 ``*args`` games) becomes a leaf, and its children are traced on their own, so one awkward block does not cost the whole
 network. Lean: only subtrees that own a convolution are inlined; everything else is a leaf, because tracing through it
-gains nothing and may fail. The graphs are read, never run: conversion replaces modules in place.
+gains nothing and may fail. Conversion replaces modules in place; the graphs serve to decide, and to fit layers one by
+one.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,11 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from anncvt.modes import eval_mode
+from anncvt.copies import sharing
+from anncvt.errors import first_line
+from anncvt.nn import _AdderNd
+
+_Classes = tuple[type[nn.Module], ...]
 
 
 @dataclass(frozen=True)
@@ -42,16 +46,20 @@ class Trace:
         return tuple(part for part in self.parts if part.graph is None)
 
 
-def trace(network: nn.Module) -> Trace:
-    """Trace ``network`` in eval mode. Never fails; what cannot be traced is listed with its reason.
+def trace(network: nn.Module, *, training: bool = False, linear: bool = False) -> Trace:
+    """Trace ``network``. Never fails; what cannot be traced is listed with its reason.
 
     The network is not touched: a copy that shares its tensors is traced, because Python code that stores what it sees
     would store proxies.
+
+    Args:
+        training: in training mode, where other branches may run, instead of eval mode.
+        linear: inline subtrees that own a Linear layer, too.
     """
-    tensors = [*network.parameters(), *network.buffers()]
-    outline = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
-    with eval_mode(outline), torch.no_grad():
-        parts = tuple(_hierarchical(outline, ""))
+    outline = sharing(network).train(training)
+    wanted = (_ConvNd, _AdderNd, nn.Linear) if linear else (_ConvNd, _AdderNd)
+    with torch.no_grad():
+        parts = tuple(_hierarchical(outline, "", wanted))
     readers: dict[str, tuple[str, ...]] = {}
     modules = dict(outline.named_modules(remove_duplicate=False))
     for part in parts:
@@ -86,8 +94,8 @@ def _user(path: str, node: fx.Node) -> str:
     return f"{path}.{target}()"
 
 
-def _hierarchical(module: nn.Module, path: str) -> list[TracedModule]:
-    graph, reason, leaves = _trace_one(module)
+def _hierarchical(module: nn.Module, path: str, wanted: _Classes) -> list[TracedModule]:
+    graph, reason, leaves = _trace_one(module, wanted)
     parts = [TracedModule(path, graph, reason)]
     if graph is None:
         todo = [name for name, _ in module.named_children()]
@@ -97,36 +105,35 @@ def _hierarchical(module: nn.Module, path: str) -> list[TracedModule]:
     for name in todo:
         for inner, child in _with_forward(name, module.get_submodule(name)):
             builtin = type(child).__module__.startswith("torch.nn.") and not isinstance(child, nn.Sequential)
-            if not (isinstance(child, _ConvNd) or builtin) and _relevant(child):
-                parts += _hierarchical(child, _join(path, inner))
+            if not (isinstance(child, wanted) or builtin) and _relevant(child, wanted):
+                parts += _hierarchical(child, _join(path, inner), wanted)
     return parts
 
 
-def _trace_one(module: nn.Module) -> tuple[fx.Graph | None, str | None, set[str]]:
+def _trace_one(module: nn.Module, wanted: _Classes) -> tuple[fx.Graph | None, str | None, set[str]]:
     """Trace one module's forward; each child that fails is made a leaf and the trace is tried again."""
     leaves: set[str] = set()
     while True:
-        tracer = _LeanTracer(leaves)
+        tracer = _LeanTracer(leaves, wanted)
         try:
             return tracer.trace(module, concrete_args=_defaults(module)), None, leaves
         except Exception as error:  # arbitrary Python code meets proxies
             if tracer.failed_at is None or tracer.failed_at in leaves:
-                lines = str(error).strip().splitlines() or [""]
-                return None, f"{type(error).__name__}: {lines[0][:160]}", leaves
+                return None, f"{type(error).__name__}: {first_line(error)[:160]}", leaves
             leaves.add(tracer.failed_at)
 
 
 class _LeanTracer(fx.Tracer):
-    def __init__(self, leaves: set[str]) -> None:
+    def __init__(self, leaves: set[str], wanted: _Classes) -> None:
         super().__init__(param_shapes_constant=True)
-        self.leaves = leaves
+        self.leaves, self.wanted = leaves, wanted
         self.failed_at: str | None = None  # the innermost child whose forward raised
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             module_qualified_name in self.leaves
-            or isinstance(m, (_ConvNd, _BatchNorm))
-            or not _relevant(m)
+            or isinstance(m, (*self.wanted, _BatchNorm))
+            or not _relevant(m, self.wanted)
             or super().is_leaf_module(m, module_qualified_name)
         )
 
@@ -139,10 +146,10 @@ class _LeanTracer(fx.Tracer):
             raise
 
 
-def _relevant(module: nn.Module) -> bool:
-    """Whether the subtree owns a convolution, or a parameter that a functional convolution could use."""
+def _relevant(module: nn.Module, wanted: _Classes) -> bool:
+    """Whether the subtree owns a wanted layer, or a parameter that a functional convolution could use."""
     return any(
-        isinstance(m, _ConvNd) or any(p.dim() >= 3 for p in m.parameters(recurse=False)) for m in module.modules()
+        isinstance(m, wanted) or any(p.dim() >= 3 for p in m.parameters(recurse=False)) for m in module.modules()
     )
 
 

@@ -1,7 +1,7 @@
 """The op in plain torch, for devices and machines without compiled kernels.
 
-Works one tap and one channel at a time, so the extra memory is two tensors of the output's (or input's) size: it never
-builds the ``N x O x K x L`` tensor of differences that makes other implementations run out of memory.
+Works one tap and one channel of each group at a time, so the extra memory is two tensors of the output's (or input's)
+size: it never builds the ``N x O x K x L`` tensor of differences that makes other implementations run out of memory.
 """
 
 from __future__ import annotations
@@ -20,19 +20,15 @@ def forward(
 ) -> Tensor:
     """See :func:`anncvt.runtime.reference.forward`; same shapes, the dtype of ``x``."""
     size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
-    padded = _pad(x, expand_padding(padding))
-    per_group = weight.shape[0] // groups
-    y = x.new_zeros(x.shape[0], weight.shape[0], *size)
-    for group in range(groups):
-        out = y[:, group * per_group : (group + 1) * per_group]
-        taps = weight[group * per_group : (group + 1) * per_group]
-        for channel in range(weight.shape[1]):
-            plane = padded[:, group * weight.shape[1] + channel]
-            for i in range(weight.shape[2]):
-                for j in range(weight.shape[3]):
-                    window = _window(plane, i, j, stride, dilation, size)
-                    out -= (window[:, None] - taps[None, :, channel, i, j, None, None]).abs_()
-    return y
+    padded = _pad(x, expand_padding(padding)).unflatten(1, (groups, weight.shape[1]))
+    taps = weight.unflatten(0, (groups, weight.shape[0] // groups))
+    y = x.new_zeros(x.shape[0], *taps.shape[:2], *size)
+    for channel in range(weight.shape[1]):
+        for i in range(weight.shape[2]):
+            for j in range(weight.shape[3]):
+                window = _window(padded[:, :, channel], i, j, stride, dilation, size)
+                y -= (window[:, :, None] - taps[:, :, channel, i, j, None, None]).abs_()
+    return y.flatten(1, 2)
 
 
 def input_gradient(

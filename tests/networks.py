@@ -93,3 +93,40 @@ class Awkward(nn.Module):
         if self.training:
             x = x + self.idle(x)
         return self.head(x.mean((2, 3)))
+
+
+class Same(nn.Conv2d):
+    """TensorFlow's padding, by the size of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides: list[int] = []
+        for size, k, s, d in zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True):
+            total = max((-(-size // s) - 1) * s + d * (k - 1) + 1 - size, 0)
+            sides = [total // 2, total - total // 2, *sides]
+        return F.conv2d(F.pad(x, sides), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Auxiliary(nn.Module):
+    """A second head that runs in training only and reads the main path's convolution, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.aux = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+        y = self.conv(x)
+        return (self.bn(y), self.aux(y)) if self.training else self.bn(y)
+
+
+class DeformConv2d(nn.Module):
+    """Stands in for torchvision's, whose op needs its compiled library."""
+
+    stride = (1, 1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 3, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :1].expand(-1, 4, -1, -1) * self.weight.sum()

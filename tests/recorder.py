@@ -39,3 +39,14 @@ class Recorder:
 
     def note(self, message):
         raise AssertionError(message)
+
+
+class Notes(Recorder):
+    """A recorder that keeps the lines it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def note(self, message):
+        self.lines.append(message)

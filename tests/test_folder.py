@@ -12,6 +12,7 @@ from torch import nn
 from anncvt import folder
 from anncvt.errors import AnncvtError
 from anncvt.loading import load
+from anncvt.passes.choice import Choice
 from anncvt.passes.plan import plan
 from anncvt.passes.rewrite import rewrite
 
@@ -23,7 +24,7 @@ def program(tmp_path):
     (tmp_path / "anncvt_folder_arch.py").write_text(Path(sys.modules["networks"].__file__).read_text())
     torch.save(Residual().state_dict(), tmp_path / "net.pth")
     loaded = load(tmp_path / "net.pth", arch="anncvt_folder_arch:Residual", input_size=8)
-    return rewrite(plan(loaded, keep=["down.*"]))
+    return rewrite(plan(loaded, Choice(keep=("down.*",))))
 
 
 def test_everything_comes_back(program, tmp_path):

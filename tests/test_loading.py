@@ -5,19 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from networks import Residual
+from recorder import Notes
 from torch import nn
 
 from anncvt import zoo
 from anncvt.errors import AnncvtError
 from anncvt.loading import build, load
-
-
-class Notes:
-    def __init__(self):
-        self.lines = []
-
-    def note(self, message):
-        self.lines.append(message)
 
 
 @pytest.fixture
@@ -200,7 +193,7 @@ def test_the_file_name_suggests_and_every_tensor_confirms(tmp_path):
 def test_ambiguous_names_are_listed_not_guessed(tmp_path, monkeypatch):
     network = zoo.build("torchvision", "squeezenet1_1", {})
     torch.save(network.state_dict(), tmp_path / "net.pth")
-    pair = [("torchvision", "squeezenet1_1"), ("torchvision", "squeezenet1_1")]
+    pair = [zoo.Candidate("torchvision", "squeezenet1_1")] * 2
     monkeypatch.setattr(zoo, "candidates", lambda path: pair)
     with pytest.raises(AnncvtError, match="several architectures fit") as error:
         load(tmp_path / "net.pth")
@@ -228,3 +221,81 @@ def test_without_pretrained_weights_a_named_network_is_random_and_says_so(monkey
     program = load("torchvision:squeezenet1_1", progress=notes)
     assert program.history[0].metrics["weights"] == "random"
     assert any("RANDOM" in line and "no route" in line for line in notes.lines)
+
+
+@pytest.fixture
+def hub_folder(tmp_path):
+    """What the hub keeps of a timm model: config.json and weights."""
+    if not zoo.names("timm"):
+        pytest.skip("timm is not installed")
+    from timm.models._hub import save_for_hf
+
+    torch.manual_seed(0)
+    network = zoo.build("timm", "test_resnet", {"num_classes": 7}).eval()
+    zoo.state_preprocess(network, {"input_size": (3, 96, 96), "mean": (0.1, 0.2, 0.3)})
+    save_for_hf(network, tmp_path / "hub", model_config={"num_classes": 7}, safe_serialization=True)
+    return tmp_path / "hub", network
+
+
+def test_a_config_beside_the_weights_says_the_architecture(hub_folder):
+    place, network = hub_folder
+    notes = Notes()
+    program = load(place / "model.safetensors", progress=notes)
+    assert program.source.arch == "timm:test_resnet" and program.source.arch_args["num_classes"] == 7
+    assert program.preprocess.input_size == (3, 96, 96) and program.preprocess.mean == (0.1, 0.2, 0.3)
+    x = torch.randn(1, 3, 96, 96)
+    assert torch.equal(program.teacher(x), network(x))
+    assert any("config.json" in line for line in notes.lines)
+
+
+def test_a_hostile_config_reads_no_other_file_and_makes_nothing_large(hub_folder, tmp_path):
+    place, network = hub_folder
+    config = json.loads((place / "config.json").read_text())
+    torch.save({"state_dict": network.state_dict(), "x": Opener()}, tmp_path / "evil.pt")
+    config["model_args"] = {"checkpoint_path": str(tmp_path / "evil.pt"), "pretrained": True}
+    (place / "config.json").write_text(json.dumps(config))
+    assert load(place / "model.safetensors").source.arch_args == {"num_classes": 7}
+    config["model_args"] = {"channels": [1 << 20] * 4}
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AnncvtError, match="do not fit timm:test_resnet"):
+        load(place / "model.safetensors")
+
+
+def test_hub_names_are_resolved_so_that_the_folder_opens_without_the_hub(hub_folder, tmp_path, monkeypatch):
+    from huggingface_hub.errors import EntryNotFoundError
+    from timm.models import _hub
+
+    from anncvt import folder
+
+    place, network = hub_folder
+
+    def local(repo_id, filename, **_):
+        assert repo_id == "someone/net"
+        if not (place / filename).exists():
+            raise EntryNotFoundError(filename)
+        return str(place / filename)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_hub, "hf_hub_download", local)
+        program = load("hf-hub:someone/net")
+        assert program.history[0].metrics["weights"] == "pretrained"
+    assert program.source.model == "hf-hub:someone/net" and program.source.arch == "timm:test_resnet"
+    x = torch.randn(1, 3, 96, 96)
+    assert torch.equal(program.teacher(x), network(x))
+    folder.save(program, tmp_path / "net.ann")
+    monkeypatch.setattr(_hub, "hf_hub_download", None)
+    assert torch.equal(folder.open_folder(tmp_path / "net.ann").teacher(x), network(x))
+
+
+def test_a_hub_that_does_not_answer_is_an_error_with_a_way_out(monkeypatch):
+    if not zoo.names("timm"):
+        pytest.skip("timm is not installed")
+    from timm.models import _hub
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(_hub, "hf_hub_download", offline)
+    with pytest.raises(AnncvtError, match="no route to host") as error:
+        load("hf-hub:someone/net")
+    assert "config.json" in error.value.fix

@@ -70,3 +70,15 @@ def test_a_network_that_states_its_own_preprocessing():
     chosen = choose_preprocess(network, None, progress=notes)
     assert (chosen.input_size, chosen.mean, chosen.std) == ((3, 299, 299), (0.5,) * 3, (0.5,) * 3)
     assert notes.lines == []
+
+
+def test_the_first_registered_convolution_need_not_read_the_image():
+    network = nn.Sequential(nn.Conv2d(64, 8, 1), nn.Conv2d(3, 64, 1))
+    with pytest.raises(AnncvtError, match="reads 64 channels, not 3"):
+        choose_preprocess(network, None, input_size=(3, 32, 32))
+    network.pretrained_cfg = {"input_size": (3, 64, 64), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    assert choose_preprocess(network, None, input_size=(3, 32, 32)).input_size == (3, 32, 32)
+
+
+def test_videos():
+    assert choose_preprocess(nn.Sequential(nn.Conv3d(3, 8, 3, 2)), None).input_size == (3, 16, 112, 112)

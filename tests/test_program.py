@@ -18,12 +18,16 @@ def test_totals_cover_the_whole_network():
     totals = Plan((layer("a", "keep", 100), layer("b", "swap", 300)), other_macs=100).totals()
     assert totals == {
         "convolutions": 2,
+        "linears": 0,
         "swapped": 1,
+        "swapped_linears": 0,
         "macs": 500,
         "swapped_macs": 300,
         "swapped_share": 0.6,
         "adds": 100 + 600 + 100,
         "muls": 100 + 100,
+        "cnn_joules": pytest.approx(500 * (3.7 + 0.9) * 1e-12),
+        "joules": pytest.approx((800 * 0.9 + 200 * 3.7) * 1e-12),
     }
     assert Plan(()).totals()["swapped_share"] == 0
 

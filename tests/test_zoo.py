@@ -6,6 +6,7 @@ import torch
 
 from anncvt import zoo
 from anncvt.errors import AnncvtError
+from anncvt.zoo import Candidate
 
 needs_torchvision = pytest.mark.skipif(not zoo.names("torchvision"), reason="torchvision is not installed")
 needs_timm = pytest.mark.skipif(not zoo.names("timm"), reason="timm is not installed")
@@ -29,15 +30,22 @@ def test_torchvision_imports_beside_this_torch():
 
 @needs_torchvision
 def test_its_file_names_are_known_exactly():
-    assert zoo.candidates(Path("resnet18-f37072fd.pth")) == [("torchvision", "resnet18")]
-    assert ("torchvision", "resnet18") in zoo.candidates(Path("ResNet18.pth"))
-    assert zoo.candidates(Path("resnet18.a1_in1k.pth")) in ([], [("timm", "resnet18")])
+    assert zoo.candidates(Path("resnet18-f37072fd.pth")) == [Candidate("torchvision", "resnet18")]
+    assert Candidate("torchvision", "resnet18") in zoo.candidates(Path("ResNet18.pth"))
+    assert zoo.candidates(Path("resnet18.a1_in1k.pth")) in ([], [Candidate("timm", "resnet18")])
     assert zoo.candidates(Path("my-own-net.pth")) == []
 
 
 @needs_torchvision
 @pytest.mark.parametrize(
-    ("name", "size"), [("resnet18", (3, 224, 224)), ("inception_v3", (3, 299, 299)), ("fcn_resnet50", None)]
+    ("name", "size"),
+    [
+        ("resnet18", (3, 224, 224)),
+        ("inception_v3", (3, 299, 299)),
+        ("fcn_resnet50", (3, 520, 520)),
+        ("r3d_18", (3, 16, 112, 112)),
+        ("fasterrcnn_resnet50_fpn", None),
+    ],
 )
 def test_preprocessing_as_torchvision_states_it(name, size):
     stated = zoo.torchvision_preprocess(name)

@@ -1,11 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Awkward, Mobile, Residual
+from networks import Awkward, DeformConv2d, Mobile, Residual
 from torch import nn
 
 from anncvt.errors import AnncvtError
-from anncvt.passes.observe import observe
+from anncvt.passes.observe import observe, observe_outline
 
 
 def test_layers_come_in_execution_order_with_their_work():
@@ -32,7 +32,7 @@ def test_transposed_convolutions(groups):
 
 def test_functional_shared_and_idle_convolutions():
     calls = observe(Awkward(), (3, 6, 6)).calls
-    assert calls["conv2d"].module is None and calls["conv2d"].kind == "conv2d" and calls["conv2d"].stride == (1, 1)
+    assert not calls["conv2d"].is_module and calls["conv2d"].kind == "conv2d" and calls["conv2d"].stride == (1, 1)
     assert calls["shared"].calls == 2 and calls["shared"].macs == 2 * 4 * 36 * 36
     assert calls["standardised"].kind == "Standardised" and "idle" not in calls
 
@@ -84,3 +84,31 @@ def test_a_network_without_tensor_output():
 
     with pytest.raises(AnncvtError, match="returns no tensor"):
         observe(Words(), (3, 8, 8))
+
+
+def test_linear_layers_and_functions():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.weight = nn.Linear(6, 3), nn.Parameter(torch.zeros(5, 3))
+
+        def forward(self, x):
+            return F.linear(self.inner(x.flatten(2).transpose(1, 2)), self.weight)
+
+    seen = observe(nn.Sequential(nn.Conv2d(3, 6, 1), Attends()), (3, 2, 2))
+    assert list(seen.linears) == ["1.inner"]
+    call = seen.linears["1.inner"]
+    assert (call.in_shape, call.out_shape, call.kernel, call.stride) == ((1, 4, 6), (1, 4, 3), (), ())
+    assert call.macs == 4 * 6 * 3 and seen.linear_macs == 4 * 6 * 3 + 4 * 3 * 5
+
+
+def test_deformable_convolutions():
+    call = observe(nn.Sequential(DeformConv2d()), (3, 6, 6)).calls["0"]
+    assert call.kind == "DeformConv2d" and call.kernel == (3, 3) and call.macs == 4 * 36 * 27
+
+
+def test_an_outline_sees_the_same():
+    for network, size in ((Residual(), (3, 8, 8)), (Mobile(), (3, 16, 16)), (Awkward(), (3, 6, 6))):
+        real, outline = observe(network, size), observe_outline(network, size)
+        assert real.calls == outline.calls and real.linears == outline.linears and real.order == outline.order
+        assert real.output_shapes == outline.output_shapes and real.linear_macs == outline.linear_macs

@@ -2,26 +2,20 @@ import dataclasses
 
 import pytest
 import torch.nn.functional as F
-from networks import Awkward, Mobile, Residual
+from networks import Auxiliary, Awkward, DeformConv2d, Mobile, Residual
+from recorder import Notes
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from anncvt.errors import AnncvtError
 from anncvt.loading import load
+from anncvt.passes.choice import Choice
 from anncvt.passes.plan import plan
 from anncvt.program import Plan
 
 
-class Notes:
-    def __init__(self):
-        self.lines = []
-
-    def note(self, message):
-        self.lines.append(message)
-
-
 def planned(network, size, **options):
-    return plan(load(network, input_size=size), **options).plan
+    return plan(load(network, input_size=size), Choice.of(**options)).plan
 
 
 def by_name(found):
@@ -52,7 +46,7 @@ def test_reasons_of_a_mobile_network():
         "grouped": "grouped",
         "classifier": "classifier",
     }
-    assert layers["expand"].insert_bn and "inserted" in layers["expand"].reason
+    assert layers["expand"].insert_bn and layers["expand"].bn is None
     assert layers["grouped"].bn == "norm" and not layers["grouped"].insert_bn
     assert not layers["squeeze"].insert_bn
 
@@ -63,9 +57,8 @@ def test_reasons_of_an_awkward_network():
     assert layers["shared"].swapped and layers["shared"].insert_bn and "alias" not in layers
     for name, reason in {
         "conv2d": "functional",
-        "standardised": "Standardised",
         "up": "transposed",
-        "idle": "does not run",
+        "idle": "runs in training only",
     }.items():
         assert layers[name].action == "keep" and reason in layers[name].reason, name
 
@@ -103,7 +96,7 @@ def test_globs_overrule_the_defaults():
 
 @pytest.mark.parametrize("option", ["keep", "swap"])
 def test_a_glob_that_matches_nothing_lists_close_names(option):
-    with pytest.raises(AnncvtError, match="matches no convolution") as error:
+    with pytest.raises(AnncvtError, match="matches no layer") as error:
         planned(Residual(), 8, **{option: ["layer.conv1"]})
     assert "conv1" in error.value.fix
 
@@ -131,13 +124,13 @@ def test_a_norm_is_a_partner_only_if_it_alone_reads_and_can_be_refitted():
         assert layer.bn is None and layer.insert_bn
 
 
-def test_computed_weights_and_hooks_keep_a_layer():
+def test_computed_weights_are_folded_and_hooks_keep_a_layer():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), weight_norm(nn.Conv2d(4, 4, 3)), nn.Conv2d(4, 4, 3))
     network[3].register_forward_hook(lambda module, inputs, output: F.relu(output))
     network.append(nn.Conv2d(4, 2, 1))
     layers = by_name(planned(network, 12))
-    assert layers["1"].swapped
-    assert "differs from a plain" in layers["2"].reason and "hooks" in layers["3"].reason
+    assert layers["1"].swapped and layers["2"].swapped and "weights folded" in layers["2"].reason
+    assert layers["3"].action == "keep" and "hooks" in layers["3"].reason
 
 
 def test_output_layers_before_pooling_are_classifiers():
@@ -195,4 +188,25 @@ def test_planning_again_drops_only_an_outdated_student():
     program = plan(load(Residual(), input_size=8))
     program = dataclasses.replace(program, student=Residual())
     assert plan(program).student is program.student
-    assert plan(program, keep=["conv1"]).student is None
+    assert plan(program, Choice(keep=("conv1",))).student is None
+
+
+def test_a_norm_that_shares_its_input_in_training_is_no_partner():
+    layers = by_name(planned(nn.Sequential(nn.Conv2d(3, 3, 1), Auxiliary()), 4, policy="all"))
+    assert layers["1.conv"].bn is None and layers["1.conv"].insert_bn
+    assert layers["1.aux"].reason == "runs in training only"
+
+
+def test_deformable_convolutions_are_kept():
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 3, padding=1), DeformConv2d(), nn.Flatten())
+    layer = by_name(planned(network, 4))["2"]
+    assert layer.action == "keep" and layer.reason == "deformable: no adder counterpart"
+
+
+def test_planning_needs_no_memory_for_activations(monkeypatch):
+    """A network whose activations would not fit anywhere is planned on shapes alone."""
+    network = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1), nn.AdaptiveAvgPool2d(1))
+    network.extend([nn.Flatten(), nn.Linear(64, 2)])
+    side = 1 << 17
+    conv = planned(network, side).layers[1]
+    assert conv.out_shape == (1, 64, side, side) and conv.swapped

@@ -1,17 +1,19 @@
 import pytest
 import torch
-from networks import Awkward, Mobile, Residual
+from networks import Awkward, Mobile, Residual, Same
 from torch import nn
 
 from anncvt.errors import AnncvtError
 from anncvt.loading import load
 from anncvt.nn import AdderConv2d
+from anncvt.passes.choice import Choice
 from anncvt.passes.plan import plan
 from anncvt.passes.rewrite import rewrite
+from anncvt.swap import swap
 
 
 def rewritten(network, size, **options):
-    return rewrite(plan(load(network, input_size=size), **options))
+    return rewrite(plan(load(network, input_size=size), Choice.of(**options)))
 
 
 @pytest.mark.parametrize(("network", "size"), [(Residual, 8), (Mobile, 16), (Awkward, 6)])
@@ -24,7 +26,8 @@ def test_planned_layers_are_adders_and_the_rest_is_the_teacher(network, size):
     before, after = program.teacher.state_dict(), program.student.state_dict()
     assert set(before) <= set(after)
     assert all(".norm." in name for name in set(after) - set(before))
-    assert all(torch.equal(after[name], value) for name, value in before.items())
+    folded = {"standardised.weight"}
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name not in folded)
     assert all(a is not b for a, b in zip(program.teacher.parameters(), program.student.parameters(), strict=False))
 
 
@@ -117,3 +120,64 @@ def test_one_and_three_dimensions():
         program = rewritten(network, 8)
         x = torch.randn(2, *program.preprocess.input_size)
         assert program.student(x).shape == program.teacher(x).shape
+
+
+class Folded(nn.Module):
+    """Computed weights and padding by the size of the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1))
+        self.standardised = Awkward.Standardised(4, 4, 3, padding=1)
+        self.same = Same(4, 4, 3, 2)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.same(self.standardised(self.normed(self.stem(x)))).mean((2, 3)))
+
+
+def test_computed_weights_become_plain_ones_and_padding_follows_the_size():
+    program = rewritten(Folded(), 8)
+    student, teacher = program.student, program.teacher
+    assert torch.equal(student.normed.weight, teacher.normed.weight) and "normed.weight" in student.state_dict()
+    mean = teacher.standardised.weight.mean((1, 2, 3), keepdim=True)
+    assert torch.equal(student.standardised.weight, teacher.standardised.weight - mean)
+    assert student.same.same and torch.equal(student.same.weight, teacher.same.weight)
+    for size in (7, 8, 9, 12):
+        x = torch.randn(1, 4, size, size)
+        assert student.same(x).shape == teacher.same(x).shape
+    student.train()(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert student.normed.weight.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_old_weight_norm():
+    network = Folded()
+    network.normed = torch.nn.utils.weight_norm(nn.Conv2d(4, 4, 3, padding=1))
+    program = rewritten(network, 8)
+    assert torch.equal(program.student.normed.weight, program.teacher.normed.weight)
+
+
+@pytest.mark.parametrize("broken", ["swap", "verify"])
+def test_nothing_is_changed_where_the_pass_fails(monkeypatch, broken):
+    from anncvt.passes import rewrite as module
+
+    program = plan(load(Residual(), input_size=8))
+    before = {name: value.clone() for name, value in program.teacher.state_dict().items()}
+    kinds = {name: type(part) for name, part in program.teacher.named_modules()}
+
+    def fail(*arguments):
+        if broken == "swap":
+            swap(*arguments)  # half of the work is done when it fails
+        raise AnncvtError("no")
+
+    monkeypatch.setattr(module, "swap", fail) if broken == "swap" else monkeypatch.setattr(
+        module.verify, "rewritten", fail
+    )
+    history = list(program.history)
+    with pytest.raises(AnncvtError, match="no"):
+        rewrite(program)
+    assert program.student is None and program.history == history
+    assert kinds == {name: type(part) for name, part in program.teacher.named_modules()}
+    assert all(torch.equal(value, before[name]) for name, value in program.teacher.state_dict().items())

@@ -1,5 +1,5 @@
 import torch
-from networks import Awkward, Mobile, Residual
+from networks import Auxiliary, Awkward, Mobile, Residual
 from torch import nn
 
 from anncvt.passes.observe import observe
@@ -69,3 +69,26 @@ def test_graphs_agree_with_what_happens():
         modules = dict(network.named_modules())
         for name, call in calls.items():
             assert {r for r in readers[name] if r in modules} == {r for r in call.readers if r in modules}
+
+
+def test_training_mode_shows_other_readers():
+    network = Auxiliary()
+    assert trace(network).readers == {"conv": ("bn",)}
+    training = trace(network, training=True).readers
+    assert set(training["conv"]) == {"bn", "aux"} and training["aux"] == (".output()",)
+    assert network.training, "its own mode is left alone"
+
+
+def test_linear_layers_are_found_on_request():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(x).relu()
+
+    network = nn.Sequential(nn.Flatten(), Block(), nn.Linear(4, 2))
+    plain, linear = trace(network).parts[0].graph, trace(network, linear=True).parts[0].graph
+    assert [node.target for node in plain.nodes if node.op == "call_module"] == ["0", "1", "2"]
+    assert [node.target for node in linear.nodes if node.op == "call_module"] == ["0", "1.linear", "2"]

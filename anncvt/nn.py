@@ -91,16 +91,20 @@ class _AdderNd(nn.Module):
         y = self.response(x)
         return y if self.norm is None else self.norm(y)
 
-    def response(self, x: Tensor) -> Tensor:
-        """The adder's own output (with its bias), before a norm of its own."""
-        if self.padding_mode == "zeros":
+    def response(self, x: Tensor, *, is_padded: bool = False) -> Tensor:
+        """The adder's own output (with its bias), before a norm of its own. ``is_padded``: ``x`` comes padded."""
+        if self.padding_mode == "zeros" and not is_padded:
             y = self._adder(x, self.padding)
         else:
-            flat = [side for pair in reversed(self.padding) for side in pair]
-            y = self._adder(F.pad(x, flat, mode=self.padding_mode), ((0, 0),) * self.ndim)
+            y = self._adder(x if is_padded else self.padded(x), ((0, 0),) * self.ndim)
         if self.bias is not None:
             y = y + self.bias.view(-1, *(1,) * self.ndim)
         return y
+
+    def padded(self, x: Tensor) -> Tensor:
+        """``x`` with the layer's padding around it."""
+        flat = [side for pair in reversed(self.padding) for side in pair]
+        return F.pad(x, flat, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     def _adder(self, x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
         raise NotImplementedError

@@ -157,18 +157,15 @@ class _Batches:
 
     def __init__(self, program: Program, images: Images, how: JointFit, generator: torch.Generator) -> None:
         self.program, self.images, self.how, self.generator = program, images, how, generator
-        self.order: list[Tensor] = []
 
     def plain(self, indices: Tensor) -> Tensor:
         """Those at ``indices``."""
         return self._prepared(self.images.pixels[indices])
 
     def next(self, augmented: bool) -> Tensor:
-        """The next ``batch_size`` of a random order."""
-        if not self.order:
-            parts = torch.randperm(len(self.images), generator=self.generator).split(self.how.batch_size)
-            self.order = [part for part in parts if len(part) == self.how.batch_size]
-        pixels = self.images.pixels[self.order.pop(0)]
+        """``batch_size`` images at random: what comes next depends on the generator alone."""
+        chosen = torch.randperm(len(self.images), generator=self.generator)[: self.how.batch_size]
+        pixels = self.images.pixels[chosen]
         if augmented:
             pad = max(1, pixels.shape[-1] // 8)
             pixels = augment(pixels, self.generator, pad=pad, flip=self.images.flip)

@@ -28,7 +28,7 @@ class BlockFit:
     """How a block is fitted; the defaults are what measured best (benchmarks/RESULTS.md)."""
 
     steps: int = 200
-    least_steps: int = 20  # however short the time is
+    least_steps: int = 10  # however short the time is
     layers: int = 4  # swapped layers in a block, at least
     positions: int = 16384  # output pixels per step, of the layer with most
     weight_lr: float = 0.01  # of adder weights, relative to the standard deviation of their layer's input

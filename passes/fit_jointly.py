@@ -39,6 +39,7 @@ class JointState:
 
     step: int = 0
     steps: int | None = None  # in all, once that is decided
+    spread: dict[str, float] | None = None  # of each layer's input at the start
     optimizer: dict[str, Any] | None = None
 
 
@@ -67,8 +68,9 @@ def fit_jointly(
         AnncvtError: the loss is not finite any more.
     """
     student.eval()
-    spread = input_spread(paired, lambda: student(batch(False)))
-    groups = [{"params": [p.adder.weight], "lr": how.weight_lr * spread[p.name]} for p in paired]
+    if state.spread is None:
+        state.spread = input_spread(paired, lambda: student(batch(False)))
+    groups = [{"params": [p.adder.weight], "lr": how.weight_lr * state.spread[p.name]} for p in paired]
     weights = {pair.adder.weight for pair in paired}
     others = [parameter for parameter in student.parameters() if parameter not in weights]
     optimizer = torch.optim.Adam([*groups, {"params": others, "lr": how.lr}])

@@ -29,7 +29,7 @@ class LayerFit:
     """How one layer is fitted; the defaults are what measured best (benchmarks/RESULTS.md)."""
 
     steps: int = 600
-    least_steps: int = 50  # however short the time is
+    least_steps: int = 20  # however short the time is
     positions: int = 16384  # output pixels per step: the cost of a step, whatever the size of the maps
     weight_lr: float = 0.1  # relative to the standard deviation of the layer's input
     norm_lr: float = 0.01
@@ -50,7 +50,8 @@ def fit_layers(
     walk: Walk,
     graph: fx.Graph,
     paired: Sequence[Pair],
-    images: int,
+    chunks: Callable[[str], int],
+    images: Sequence[int],
     how: LayerFit,
     generator: torch.Generator,
     seconds: Callable[[str], float | None] = lambda name: None,
@@ -65,7 +66,8 @@ def fit_layers(
         walk: before the first of the layers.
         graph: of the teacher (the student's is equal).
         paired: the swapped layers to fit.
-        images: how many there are.
+        chunks: how many of the walk's chunks a layer needs, by name.
+        images: how many are in each chunk.
         how: steps and learning rates.
         generator: of the order of the images.
         seconds: time for a layer, by name; the number of steps follows from it. ``None``: ``how.steps``.
@@ -78,7 +80,11 @@ def fit_layers(
     for node in graph.nodes:
         pair = todo.pop(str(node.target), None) if node.op == "call_module" else None
         if pair is not None:
-            yield pair.name, _fit_at(walk, node, pair, images, how, seconds(pair.name), generator, on_step)
+            count = chunks(pair.name)
+            yield (
+                pair.name,
+                _fit_at(walk, node, pair, count, sum(images[:count]), how, seconds(pair.name), generator, on_step),
+            )
 
 
 def step_cost(pair: Pair) -> float:
@@ -90,6 +96,7 @@ def _fit_at(
     walk: Walk,
     node: fx.Node,
     pair: Pair,
+    count: int,
     images: int,
     how: LayerFit,
     seconds: float | None,
@@ -99,14 +106,14 @@ def _fit_at(
     begin = time.monotonic()
     follows: Sequel | None = None
 
-    def chunks() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    def examples() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         nonlocal follows
-        for teacher, student in walk.before(node):
+        for teacher, student in walk.before(node, count):
             if follows is None:
                 follows = sequel(node, pair.conv_end is not pair.conv, student.__contains__, walk.networks[1])
             yield _example(teacher, student, node, pair, follows)
 
-    train, test = collect(pair.adder, chunks(), images, walk.memory, generator)
+    train, test = collect(pair.adder, examples(), images, walk.memory, generator)
     assert follows is not None
     if seconds is not None:
         seconds -= time.monotonic() - begin

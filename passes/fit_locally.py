@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,15 +13,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from anncvt.passes.blocks import Block, find_blocks, shapes_of
+from anncvt.passes.examples import POSITIONS
 from anncvt.passes.fit_blocks import BlockFit, fit_block
 from anncvt.passes.fit_layers import LayerFit, fit_layers, step_cost
 from anncvt.passes.pairing import Pair
 from anncvt.passes.schedule import Shares
-from anncvt.passes.walk import Walk
+from anncvt.passes.walk import Mark, Walk
 from anncvt.progress import SILENT, Progress
 
 #: Of the memory, the share that goes to the walk, to a layer's windows, and (both copies) to a block's ends.
 SHARE = 4
+#: Images for a layer or block, at least (if there are so many).
+IMAGES = 256
 
 
 class LocalFit:
@@ -53,7 +57,8 @@ class LocalFit:
         self.pixels = {str(node.target): math.prod(shape[2:]) for node, shape in shapes.items()}
         self.order = order[: _images(self.blocks_found, shapes, len(order), memory)]
         chunk = max(2, min(256, memory // (16 * 4 * max(map(math.prod, shapes.values())))))
-        chunks = [(lambda part=part: batch(part)) for part in self.order.split(chunk)]
+        self.parts = self.order.split(chunk)
+        chunks = [functools.partial(batch, part) for part in self.parts]
         self.walk = Walk(graph, teacher, student, chunks, memory // SHARE)
         self.layers: dict[str, dict[str, Any]] = {}
         self.blocks: list[dict[str, Any]] = []
@@ -83,7 +88,9 @@ class LocalFit:
             for at, block in enumerate(blocks):
                 if at < len(self.blocks):
                     continue
-                _exhaust(self.walk.after(block.start))
+                count = max(self._chunks(pair.name) for pair in block.paired)
+                for _ in self.walk.after(block.start, count):
+                    pass
                 mark = self.walk.mark()
                 self._layers(list(block.paired), clock, generator, on_done, task)
                 self._block(f"block {at + 1}", block, mark, clock, generator, task)
@@ -96,7 +103,8 @@ class LocalFit:
             self.walk,
             self.graph,
             todo,
-            len(self.order),
+            self._chunks,
+            [len(part) for part in self.parts],
             self.layer,
             generator,
             clock.take,
@@ -107,13 +115,14 @@ class LocalFit:
             task.advance(1, layer=name, r2=result.r2)
             on_done()
 
-    def _block(self, name: str, block: Block, mark: Any, clock: Shares, generator: torch.Generator, task: Any) -> None:
+    def _block(self, name: str, block: Block, mark: Mark, clock: Shares, generator: torch.Generator, task: Any) -> None:
         seconds = clock.take(name)
         begin = time.monotonic()
         if self.block.steps:
-            targets = torch.cat([teacher[block.end] for teacher, _ in self.walk.after(block.end)])
+            count = max(self._chunks(pair.name) for pair in block.paired)
+            targets = torch.cat([teacher[block.end] for teacher, _ in self.walk.after(block.end, count)])
             self.walk.rewind(mark)
-            inputs = torch.cat([student[block.start] for _, student in self.walk.after(block.start)])
+            inputs = torch.cat([student[block.start] for _, student in self.walk.after(block.start, count)])
             result = fit_block(
                 block,
                 self.student,
@@ -131,6 +140,11 @@ class LocalFit:
         else:
             self.blocks.append({"layers": [pair.name for pair in block.paired], "steps": 0})
             task.advance(1)
+
+    def _chunks(self, name: str) -> int:
+        """How many chunks a layer is fitted on: a few images of large maps say as much as many of small ones."""
+        images = max(IMAGES, POSITIONS // self.pixels[name])
+        return min(len(self.parts), math.ceil(images / len(self.parts[0])))
 
     def _weights(self, layers: float, blocks: float) -> dict[str, float]:
         """Of every layer and block that is to be done: what a step of it costs."""
@@ -150,8 +164,3 @@ def _images(blocks: list[Block], shapes: dict[fx.Node, tuple[int, ...]], images:
     """How many images' block ends fit: the student's and the teacher's input, and the target, each twice at a time."""
     ends = [math.prod(shapes[block.start]) + math.prod(shapes[block.end]) for block in blocks]
     return max(2, min(images, memory // (2 * 2 * 4 * max(ends, default=1))))
-
-
-def _exhaust(known: Any) -> None:
-    for _ in known:
-        pass

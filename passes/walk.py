@@ -14,19 +14,19 @@ from torch.utils._pytree import tree_leaves
 Values = dict[fx.Node, Any]
 #: The teacher's values and the student's.
 Known = tuple[Values, Values]
-#: A place in the walk and what is known there, per chunk.
-Mark = tuple[int, list[Known] | None]
+#: Per chunk, how many nodes are computed and what is known there (``None``: nothing yet).
+Mark = list[tuple[int, Known | None]]
 
 _IN_PLACE = {getattr(operator, name) for name in dir(operator) if name.startswith("i") and name[1:] in dir(operator)}
 
 
 class Walk:
-    """Both networks advance together, chunk by chunk, from wherever the last stop was remembered to the next one.
+    """Both networks advance together, each chunk of images from the last stop where its values were remembered.
 
     The two have the same graph because a conversion replaces modules in place. What is remembered at a stop are the
-    values that somebody reads later, for all images; where these take more than ``memory`` (wide layers of large
-    images), nothing is remembered, and the next stretch starts at an earlier stop once more. A network that narrows
-    now and then, as all do, is computed little more than once.
+    values that somebody reads later; where these take more than ``memory`` (wide layers of large images), nothing is
+    remembered, and the next stretch starts at an earlier stop once more. A network that narrows now and then, as all
+    do, is computed little more than once. Chunks that a stop does not need stay behind until they are.
 
     Args:
         graph: of the teacher.
@@ -46,49 +46,45 @@ class Walk:
         self.networks, self.chunks, self.memory = (teacher, student), chunks, memory
         self._nodes = [node for node in graph.nodes if node.op != "output"]
         self._spent = last_readers(graph.nodes)
-        self._stop = 0
-        self._kept: list[Known] | None = None  # None: at the images
+        self._at: Mark = [(0, None)] * len(chunks)
 
-    def before(self, node: fx.Node) -> Iterator[Known]:
-        """Per chunk, what is known just before ``node``: the values that it and later ones read."""
-        return self._reach(self._nodes.index(node))
+    def before(self, node: fx.Node, chunks: int | None = None) -> Iterator[Known]:
+        """Of the first ``chunks`` (of all), what is known just before ``node``: the values it and later ones read."""
+        return self._reach(self._nodes.index(node), chunks)
 
-    def after(self, node: fx.Node) -> Iterator[Known]:
-        """Per chunk, what is known just after ``node``."""
-        return self._reach(self._nodes.index(node) + 1)
+    def after(self, node: fx.Node, chunks: int | None = None) -> Iterator[Known]:
+        """Of the first ``chunks`` (of all), what is known just after ``node``."""
+        return self._reach(self._nodes.index(node) + 1, chunks)
 
     def mark(self) -> Mark:
         """Where the walk is, to come back to with :meth:`rewind`."""
-        return self._stop, None if self._kept is None else [*self._kept]
+        return [*self._at]
 
     def rewind(self, mark: Mark) -> None:
-        self._stop, self._kept = mark
+        self._at = [*mark]
 
-    def _reach(self, stop: int) -> Iterator[Known]:
-        kept: list[Known] = []
+    def _reach(self, stop: int, chunks: int | None) -> Iterator[Known]:
         spare = True
-        for at in range(len(self.chunks)):
-            both = self._advance(at, stop)
+        count = len(self.chunks) if chunks is None else chunks
+        for at in range(count):
+            known = self._advance(at, stop)
             if at == 0:
-                spare = len(self.chunks) * _bytes(both) <= self.memory
-            if spare and self._kept is not None:
-                self._kept[at] = both  # replaced one by one: old and new are never there as a whole
-            elif spare:
-                kept.append(both)
-            yield both
-        if spare:
-            self._kept, self._stop = self._kept or kept, stop
+                spare = count * _bytes(known) <= self.memory
+            if spare:
+                self._at[at] = (stop, known)
+            yield known
 
     @torch.no_grad()
     def _advance(self, at: int, stop: int) -> Known:
-        images = self.chunks[at]() if self._kept is None else None
+        begin, remembered = self._at[at]
+        images = self.chunks[at]() if remembered is None else None
         reached = []
         for which, network in enumerate(self.networks):
-            values: Values = {} if self._kept is None else dict(self._kept[at][which])
+            values: Values = {} if remembered is None else dict(remembered[which])
             shared = {storage(tensor) for tensor in tree_leaves(values) if isinstance(tensor, Tensor)}
             if images is not None:
                 shared.add(storage(images))
-            for node in self._nodes[self._stop : stop]:
+            for node in self._nodes[begin:stop]:
                 values[node] = images if node.op == "placeholder" else execute(node, network, values, shared)
                 for dead in self._spent.get(node, ()):
                     del values[dead]

@@ -11,6 +11,7 @@ from recorder import Recorder
 from anncvt.errors import AnncvtError
 from anncvt.images import Images, normalise
 from anncvt.loading import load
+from anncvt.passes import calibration_state
 from anncvt.passes.calibrate import CalibrationConfig, calibrate
 from anncvt.passes.fit_blocks import BlockFit
 from anncvt.passes.fit_jointly import JointFit
@@ -91,8 +92,9 @@ def test_what_tracing_cannot_reach_is_calibrated_all_the_same():
 
 def test_same_seed_same_weights():
     students = []
+    network = Residual()
     for seed in (3, 3, 4):
-        program = _program(Residual())
+        program = _program(copy.deepcopy(network))
         calibrate(program, _images(), seed=seed, config=QUICK)
         students.append(program.student.state_dict())
     assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
@@ -113,6 +115,62 @@ def test_progress_names_layers_and_their_fit():
     shown = {metrics["layer"] for _, metrics in recorder.steps if "layer" in metrics}
     assert shown == {*(pair.name for pair in pairs(program)), "block 1"}
     assert recorder.done == len(shown) + QUICK.joint.steps
+
+
+@pytest.mark.parametrize("at", [1, 2, 4, 20])
+def test_an_interrupted_calibration_goes_on_as_if_nothing_had_happened(at, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration_state, "INTERVAL", 0.0)
+    torch.manual_seed(0)
+    network = Residual()
+    whole, cut, resumed = (_program(copy.deepcopy(network)) for _ in range(3))
+    calibrate(whole, _images(), config=QUICK)
+    recorder = Recorder(_interrupt_at(at))
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(cut, _images(), config=QUICK, folder=tmp_path, progress=recorder)
+    assert "interrupted" in recorder.notes[-1] and ("kept" in recorder.notes[-1]) == (at > 1)
+    calibrate(resumed, _images(), config=QUICK, folder=tmp_path, resume=True)
+    expected, got = whole.student.state_dict(), resumed.student.state_dict()
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
+    assert resumed.history[-1].metrics == whole.history[-1].metrics
+
+
+def _interrupt_at(at):
+    def bomb(done):
+        if done >= at:
+            raise KeyboardInterrupt
+
+    return bomb
+
+
+def test_a_checkpoint_of_another_calibration_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration_state, "INTERVAL", 0.0)
+    calibrate(_program(Residual()), _images(), config=QUICK, folder=tmp_path)
+    with pytest.raises(AnncvtError, match=r"other settings \(seed\)"):
+        calibrate(_program(Residual()), _images(), config=QUICK, seed=1, folder=tmp_path, resume=True)
+    (tmp_path / calibration_state.CHECKPOINT).write_bytes(b"torn")
+    with pytest.raises(AnncvtError, match="not a usable checkpoint"):
+        calibrate(_program(Residual()), _images(), config=QUICK, folder=tmp_path, resume=True)
+    calibration_state.discard_checkpoint(tmp_path)
+    assert not (tmp_path / calibration_state.CHECKPOINT).exists()
+
+
+def test_little_memory_takes_fewer_images_and_smaller_batches():
+    program = _program(Residual())
+    calibrate(program, _images(), config=QUICK, memory=1 << 18)
+    metrics = program.history[-1].metrics
+    assert metrics["config"]["joint"]["batch_size"] < QUICK.joint.batch_size
+    assert _distance(program, _images()) < 1
+
+
+def test_every_layer_reports_how_it_fits():
+    program = _program(Residual())
+    calibrate(program, _images(), config=QUICK)
+    for row in program.history[-1].metrics["layers"].values():
+        assert row["mapped_r2"] <= row["r2"] <= 1  # a fit that is worse than the map is not taken
+        assert 0 <= row["outside"] <= 1
+        assert row["steps"] == QUICK.layer.steps
+    (block,) = program.history[-1].metrics["blocks"]
+    assert block["before_r2"] <= block["r2"] <= 1
 
 
 def test_no_images_and_no_rewrite_are_named():

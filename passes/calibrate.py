@@ -46,8 +46,8 @@ class CalibrationConfig:
     layer: LayerFit = field(default_factory=LayerFit)
     block: BlockFit = field(default_factory=BlockFit)
     joint: JointFit = field(default_factory=JointFit)
-    layer_share: float = 0.35  # of a time budget
-    block_share: float = 0.35
+    layer_share: float = 0.25  # of a time budget
+    block_share: float = 0.5
 
 
 def calibrate(

@@ -1,6 +1,10 @@
 """Calibration of networks small enough for the fast suite: it must beat what is there before it, for any structure."""
 
 import copy
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,3 +192,42 @@ def test_diverging_is_an_error_with_a_remedy():
         program.teacher.head.weight.fill_(float("nan"))
     with pytest.raises(AnncvtError, match="diverged"):
         calibrate(program, _images(), config=QUICK)
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+from pathlib import Path
+import torch
+from networks import Residual
+from test_calibrate import QUICK, _images, _program
+from anncvt.passes import calibration_state
+from anncvt.passes.calibrate import calibrate
+calibration_state.INTERVAL = 0.0
+torch.manual_seed(0)
+program = _program(Residual())
+calibrate(program, _images(), config=QUICK, folder=Path(sys.argv[3]), resume=True)
+torch.save(program.student.state_dict(), sys.argv[4])
+"""
+
+
+@pytest.mark.slow
+def test_kill_nine_and_resume(tmp_path):
+    """Killed from outside again and again, also while a checkpoint is being written."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", SCRIPT, str(here.parent), str(here)]
+    subprocess.run([*command, str(tmp_path / "whole"), str(tmp_path / "whole.pt")], check=True, timeout=300)
+    target, result = tmp_path / "cut", tmp_path / "cut.pt"
+    checkpoint = target / calibration_state.CHECKPOINT
+    for _ in range(4):
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
+        victim = subprocess.Popen([*command, str(target), str(result)])
+        while victim.poll() is None:
+            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != before:
+                victim.kill()
+                break
+            time.sleep(0.001)
+        victim.wait(timeout=60)
+    subprocess.run([*command, str(target), str(result)], check=True, timeout=300)
+    expected, got = (torch.load(path, weights_only=True) for path in (tmp_path / "whole.pt", result))
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())

@@ -30,10 +30,16 @@ class BlockFit:
     steps: int = 200
     least_steps: int = 10  # however short the time is
     layers: int = 4  # swapped layers in a block, at least
-    positions: int = 16384  # output pixels per step, of the layer with most
+    positions: int = 16384  # output pixels per step, of the layer with most; this many images where that is too few:
+    least_images: int = 8
+    most_images: int = 128
     weight_lr: float = 0.01  # of adder weights, relative to the standard deviation of their layer's input
     kept_lr: float = 0.005  # of the weights of kept layers, relative to their own standard deviation
     norm_lr: float = 0.005
+
+    def images(self, pixels: int) -> int:
+        """Per step, for a block whose widest layer has so many output pixels per image."""
+        return max(self.least_images, min(self.most_images, self.positions // pixels))
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ def fit_block(
     held = torch.arange(len(inputs)) % HELD_OUT == HELD_OUT - 1
     own, judge = (~held).nonzero().flatten(), held.nonzero().flatten()
     judge = judge if len(judge) else own
-    size = max(2, min(len(own), max(8, min(128, how.positions // pixels))))
+    size = max(2, min(len(own), how.images(pixels)))
     before = {name: value.clone() for name, value in student.state_dict().items()}
     before_r2 = _score(block, student, inputs, targets, judge, size)
     optimizer = _optimizer(block, student, graph, channels_last(inputs[own[:size]]), how)

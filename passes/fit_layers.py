@@ -20,8 +20,8 @@ from anncvt.passes.schedule import cosine, set_rates, steps_within
 from anncvt.passes.surroundings import Sequel, sequel
 from anncvt.passes.walk import Values, Walk
 
-#: Windows on which the norm's line and its statistics are taken.
-SETTLING = 4096
+#: Output pixels on which the norm's line and its statistics are taken, and which are computed at once.
+SETTLING = 65536
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _fit_at(
                 follows = sequel(node, pair.conv_end is not pair.conv, student.__contains__, walk.networks[1])
             yield _example(teacher, student, node, pair, follows)
 
-    train, test = collect(pair.adder, examples(), images, walk.memory, generator)
+    train, test = collect(pair.adder, examples(), images, walk.memory // 2, generator)
     assert follows is not None
     if seconds is not None:
         seconds -= time.monotonic() - begin
@@ -145,7 +145,7 @@ def _fit(
     on_step: Callable[[str, float], None],
 ) -> FittedLayer:
     norm = cast(_BatchNorm, pair.norm)
-    some = train.rows(slice(0, SETTLING))
+    some = train.rows(slice(0, _rows(train)))
     map_weights(pair, some.inputs, generator)
     with torch.no_grad():
         fit_line(norm, pair.adder.response(some.inputs, is_padded=True), some.targets)
@@ -206,11 +206,15 @@ def _settle(pair: Pair, norm: _BatchNorm, examples: Examples) -> None:
 def _score(pair: Pair, examples: Examples) -> float:
     """R^2 of the layer and its norm, in eval mode."""
     missed = 0.0
-    for part in torch.arange(len(examples)).split(SETTLING):
+    for part in torch.arange(len(examples)).split(_rows(examples)):
         some = examples.rows(part)
         got = pair.norm(pair.adder.response(some.inputs, is_padded=True))
         missed += float((got - some.targets).square().sum())
     return 1 - missed / (examples.targets.numel() * max(float(examples.targets.var()), 1e-12))
+
+
+def _rows(examples: Examples) -> int:
+    return max(64, SETTLING // examples.targets[0, 0].numel())
 
 
 def _outside(pair: Pair, inputs: Tensor) -> float:

@@ -151,9 +151,9 @@ class LocalFit:
         of_layers = {pair.name: step_cost(pair) for pair in self.paired}
         of_blocks = {}
         for at, block in enumerate(self.blocks_found):
-            size = self.block.positions / max(self.pixels[pair.name] for pair in block.paired)
+            size = self.block.images(max(self.pixels[pair.name] for pair in block.paired))
             cost = sum(self.pixels[pair.name] * step_cost(pair) for pair in block.paired)
-            of_blocks[f"block {at + 1}"] = max(8, min(128, size)) * cost
+            of_blocks[f"block {at + 1}"] = size * cost
         weights = {name: layers * cost / sum(of_layers.values()) for name, cost in of_layers.items()}
         weights |= {name: blocks * cost / sum(of_blocks.values()) for name, cost in of_blocks.items()}
         done = {*self.layers, *(f"block {at + 1}" for at in range(len(self.blocks)))}

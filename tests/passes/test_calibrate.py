@@ -1,14 +1,13 @@
 """Calibration of networks small enough for the fast suite: it must beat what is there before it, for any structure."""
 
 import copy
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from killing import killed_and_resumed
 from networks import Awkward, Mobile, Residual
 from recorder import Recorder
 
@@ -213,21 +212,7 @@ torch.save(program.student.state_dict(), sys.argv[4])
 
 @pytest.mark.slow
 def test_kill_nine_and_resume(tmp_path):
-    """Killed from outside again and again, also while a checkpoint is being written."""
     here = Path(__file__).parent
     command = [sys.executable, "-c", SCRIPT, str(here.parent), str(here)]
-    subprocess.run([*command, str(tmp_path / "whole"), str(tmp_path / "whole.pt")], check=True, timeout=300)
-    target, result = tmp_path / "cut", tmp_path / "cut.pt"
-    checkpoint = target / calibration_state.CHECKPOINT
-    for _ in range(4):
-        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
-        victim = subprocess.Popen([*command, str(target), str(result)])
-        while victim.poll() is None:
-            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != before:
-                victim.kill()
-                break
-            time.sleep(0.001)
-        victim.wait(timeout=60)
-    subprocess.run([*command, str(target), str(result)], check=True, timeout=300)
-    expected, got = (torch.load(path, weights_only=True) for path in (tmp_path / "whole.pt", result))
+    expected, got = killed_and_resumed(command, tmp_path, calibration_state.CHECKPOINT)
     assert all(torch.equal(value, got[name]) for name, value in expected.items())

@@ -55,6 +55,7 @@ def plan(model: str, **rest: Any) -> None:
 @click.option("--distill", metavar="DATA", help="Labelled images to train on afterwards.")
 @options.reading
 @click.option("--budget", type=options.Duration(), metavar="TIME", help="Time for the calibration: 90s, 5m, 1h.")
+@click.option("--memory", type=options.Bytes(), help="For the calibration's activations: 500M, 8G.  [default: 4G]")
 @options.training
 @options.max_drop
 @click.option("--resume", is_flag=True, help="Go on where the conversion in the output folder stopped.")

@@ -115,20 +115,25 @@ class _AdderNd(nn.Module):
         y = self.response(x)
         return y if self.norm is None else self.norm(y)
 
-    def response(self, x: Tensor) -> Tensor:
-        """The adder's own output (with its bias), before a norm of its own."""
-        padding = self._same(x) if self.same else self.padding
-        if self.padding_mode == "zeros":
-            y = self._adder(x, padding)
+    def response(self, x: Tensor, *, is_padded: bool = False) -> Tensor:
+        """The adder's own output (with its bias), before a norm of its own. ``is_padded``: ``x`` comes padded."""
+        if self.padding_mode == "zeros" and not is_padded:
+            y = self._adder(x, self._sides_for(x))
         else:
-            flat = [side for pair in reversed(padding) for side in pair]
-            y = self._adder(F.pad(x, flat, mode=self.padding_mode), ((0, 0),) * self.ndim)
+            y = self._adder(x if is_padded else self.padded(x), ((0, 0),) * self.ndim)
         if self.bias is not None:
             y = y + self.bias.view(-1, *(1,) * self.ndim)
         return y
 
-    def _same(self, x: Tensor) -> tuple[tuple[int, int], ...]:
-        """TensorFlow's SAME: ``ceil(size / stride)`` outputs, the odd pixel behind."""
+    def padded(self, x: Tensor) -> Tensor:
+        """``x`` with the layer's padding around it."""
+        flat = [side for pair in reversed(self._sides_for(x)) for side in pair]
+        return F.pad(x, flat, mode="constant" if self.padding_mode == "zeros" else self.padding_mode) if flat else x
+
+    def _sides_for(self, x: Tensor) -> tuple[tuple[int, int], ...]:
+        """Per dimension (before, after); with ``same`` TensorFlow's SAME: ``ceil(size / stride)`` outputs."""
+        if not self.same:
+            return self.padding
         geometry = zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True)
         total = [max((-(-size // s) - 1) * s + d * (k - 1) + 1 - size, 0) for size, k, s, d in geometry]
         return tuple((t // 2, t - t // 2) for t in total)

@@ -79,6 +79,18 @@ class Duration(click.ParamType):
         return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
+class Bytes(click.ParamType):
+    """``500M``, ``8G`` or ``1.5GiB`` as bytes (K, M and G are powers of 1024)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])(?:i?B)?", str(value), re.IGNORECASE)
+        if not match or not float(match[1]):
+            self.fail(f"{value!r} is not an amount of memory; write 500M or 8G", param, ctx)
+        return int(float(match[1]) * 1024 ** ("KMG".index(match[2].upper()) + 1))
+
+
 class Setting(click.ParamType):
     """``n=3`` as ``("n", 3)``: a Python literal where it is one, else text."""
 

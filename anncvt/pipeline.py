@@ -18,7 +18,8 @@ from anncvt.errors import AnncvtError
 from anncvt.evaluation import evaluate
 from anncvt.loading import load
 from anncvt.measure import DataChoice, accuracy, accuracy_on, remember
-from anncvt.passes.calibrate import calibrate
+from anncvt.passes.calibrate import MEMORY, calibrate
+from anncvt.passes.calibration_state import discard_checkpoint
 from anncvt.passes.choice import Choice
 from anncvt.passes.pipeline import apply
 from anncvt.passes.plan import plan
@@ -84,6 +85,7 @@ def convert(
     config: DistillConfig,
     choice: Choice,
     budget: float | None = None,
+    memory: int | None = None,
     resume: bool = False,
     force: bool = False,
     dump: Path | None = None,
@@ -114,9 +116,21 @@ def convert(
         _clear(output)
         folder.save(program, output)
     if images is not None:
-        program = apply(calibrate, program, images, to=dump, budget=budget, seed=calibration.seed, progress=progress)
+        program = apply(
+            calibrate,
+            program,
+            images,
+            to=dump,
+            budget=budget,
+            seed=calibration.seed,
+            memory=memory or MEMORY,
+            folder=output,
+            resume=resume,
+            progress=progress,
+        )
         yardstick.record(program, progress)
         folder.save(program, output)
+        discard_checkpoint(output)
     if training is not None and not reached(program, "distilled"):
         program = distil(program, output, training, yardstick, config, resume=resume, progress=progress)
     return program
@@ -133,15 +147,15 @@ def distil(
     progress: Progress,
 ) -> Program:
     """Distil, measure, save."""
-    from anncvt.pkkd import discard_checkpoint, distill
+    from anncvt import pkkd
 
     train = training.open("train", program.preprocess, progress=progress)
-    program = distill(program, train, yardstick.images, config, folder=output, resume=resume, progress=progress)
+    program = pkkd.distill(program, train, yardstick.images, config, folder=output, resume=resume, progress=progress)
     result = program.history[-1].metrics
     last: dict[str, float] = {name: result[name] for name in ("top1", "top5") if name in result}
     yardstick.record(program, progress, student=last)
     folder.save(program, output)
-    discard_checkpoint(output)
+    pkkd.discard_checkpoint(output)
     for name in MADE_FROM_STUDENT:
         if (output / name).exists():
             (output / name).unlink()

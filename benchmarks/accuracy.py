@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anncvt  # before torch: it sets how the thread pools wait
 from anncvt.architecture import parse_arch_args
@@ -27,7 +28,7 @@ from anncvt.evaluation import evaluate
 from anncvt.passes.calibrate import CalibrationConfig, calibrate
 from anncvt.passes.pairing import pairs
 from anncvt.passes.rewrite import rewrite
-from anncvt.program import Program
+from anncvt.program import Preprocess, Program
 from anncvt.progress import Progress
 from anncvt.terminal import reporter
 
@@ -40,26 +41,30 @@ def main() -> None:
     loading = {"arch": options.arch, "arch_args": parse_arch_args(options.arch_args)}
     if options.model is None:
         options.model, loading = EXAMPLES / "digits_net.safetensors", {"arch": "digits_net:DigitsNet", **DIGITS}
-    elif options.input_size is not None:
-        loading["input_size"] = options.input_size
+    else:
+        loading |= {name: getattr(options, name) for name in ("input_size", "mean", "std")}
     start = rewrite(anncvt.plan(anncvt.load(options.model, **loading)))
     read = {"data_dir": options.data_dir, "seed": options.seed}
-    train = open_images(options.data, "train", start.preprocess, limit=options.images, labelled=False, **read)
-    test = open_images(options.data, "test", start.preprocess, **read)
+    if options.held_back:
+        train, test = _split(options, start.preprocess)
+    else:
+        train = open_images(options.data, "train", start.preprocess, limit=options.images, labelled=False, **read)
+        test = open_images(options.data, "test", start.preprocess, **read)
     teacher = evaluate(start.teacher, test, start.preprocess)["top1"]
     print(f"{options.model}, {options.data}: {len(train)} images, seed {options.seed}; {_machine()}", file=sys.stderr)
-    print("| conversion | seconds | top-1 % | below the CNN (points) |\n|---|---|---|---|")
-    print(f"| none: the CNN | | {teacher:.2f} | |")
+    print("| conversion | seconds | processor seconds | top-1 % | below the CNN (points) |\n|---|---|---|---|---|")
+    print(f"| none: the CNN | | | {teacher:.2f} | |")
     rows = [{"conversion": "cnn", "top1": teacher}]
     with reporter() as progress:
         for name, convert in _conversions(options, train, progress):
             program = copy.deepcopy(start)
-            begin = time.monotonic()
+            begin, begin_cpu = time.monotonic(), time.process_time()
             convert(program)
-            seconds = time.monotonic() - begin
+            seconds, cpu = time.monotonic() - begin, time.process_time() - begin_cpu
             top1 = evaluate(program.student, test, program.preprocess)["top1"]
-            rows.append({"conversion": name, "seconds": round(seconds, 1), "top1": top1, "drop": teacher - top1})
-            print(f"| {name} | {seconds:.0f} | {top1:.2f} | {teacher - top1:.2f} |", flush=True)
+            figures = {"seconds": round(seconds, 1), "processor_seconds": round(cpu, 1), "top1": top1}
+            rows.append({"conversion": name, **figures, "metrics": program.history[-1].metrics})
+            print(f"| {name} | {seconds:.0f} | {cpu:.0f} | {top1:.2f} | {teacher - top1:.2f} |", flush=True)
     if options.json:
         options.json.write_text(json.dumps({"machine": _machine(), "seed": options.seed, "rows": rows}, indent=1))
 
@@ -76,23 +81,34 @@ def _conversions(options: argparse.Namespace, train: Images, progress: Progress)
 
     rows = [(f"calibrated, budget {seconds:g} s", within(seconds)) for seconds in options.budgets]
     if options.ablations:
-        no_fit, short = replace(base.layer, steps=0), replace(base.layer, steps=100)
+        none = replace(base, layer=replace(base.layer, steps=0), block=_off(base.block), joint=_off(base.joint))
+        local = replace(base, joint=_off(base.joint))
+        layers = replace(local, block=_off(base.block))
+        blind = replace(layers, layer=replace(base.layer, activation_weight=0.0))
         rows += [
             ("the CNN's weights copied, statistics taken again", lambda program: _copied(program, train)),
-            ("quantile map alone", with_config(replace(base, layer=no_fit, joint_steps=0))),
-            ("map, layers fitted (100 steps)", with_config(replace(base, layer=short, joint_steps=0))),
-            (
-                "the same, error behind the ReLU not counted",
-                with_config(replace(base, layer=replace(short, relu_weight=0.0), joint_steps=0)),
-            ),
-            (f"map, layers fitted ({base.layer.steps} steps)", with_config(replace(base, joint_steps=0))),
-            (
-                "map, fitted jointly (300 steps), layers not fitted",
-                with_config(replace(base, layer=no_fit, joint_steps=300)),
-            ),
-            ("map, layers (100 steps), jointly (300 steps)", with_config(replace(base, layer=short, joint_steps=300))),
+            ("quantile map alone", with_config(none)),
+            ("map, layers fitted", with_config(layers)),
+            ("the same, error behind the activation not counted", with_config(blind)),
+            ("map, layers and blocks fitted", with_config(local)),
+            ("map, layers fitted, then jointly", with_config(replace(base, block=_off(base.block)))),
+            ("map, fitted jointly alone", with_config(replace(none, joint=base.joint))),
+            ("all stages", with_config(base)),
         ]
     return rows
+
+
+def _off(stage: Any) -> Any:
+    return replace(stage, steps=0)
+
+
+def _split(options: argparse.Namespace, preprocess: Preprocess) -> tuple[Images, Images]:
+    """Calibration and test images from a data set that has one split only: disjoint, chosen by the seed."""
+    read = {"data_dir": options.data_dir, "seed": options.seed, "limit": options.images + options.held_back}
+    images = open_images(options.data, "train", preprocess, **read)
+    count = len(images) - options.held_back
+    unlabelled = replace(images.subset(range(count)), labels=None, classes=None)
+    return unlabelled, images.subset(range(count, len(images)))
 
 
 def _copied(program: Program, train: Images) -> None:
@@ -113,16 +129,25 @@ def _machine() -> str:
     return f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(number) for number in text.split(",") if number)
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, help="a checkpoint; default: the bundled digits network")
     parser.add_argument("--arch")
     parser.add_argument("--arch-args", action="append", default=[])
     parser.add_argument("--input-size", type=int)
+    parser.add_argument("--mean", type=_numbers)
+    parser.add_argument("--std", type=_numbers)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--data-dir")
     parser.add_argument("--images", type=int, default=5000, help="calibration images")
-    parser.add_argument("--budgets", type=lambda text: [float(s) for s in text.split(",") if s], default=[20.0])
+    parser.add_argument(
+        "--held-back", type=int, default=0, help="measure on so many training images that calibration does not see"
+    )
+    parser.add_argument("--budgets", type=_numbers, default=(20.0,), help="seconds")
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the rows here")

@@ -1,8 +1,8 @@
 """One-shot conversion: from a pretrained CNN to an adder network that works, in minutes, from unlabelled images.
 
-1. Layers, one after the other: weights by quantile map (:mod:`anncvt.passes.quantile_map`), then fitted to what the
-   teacher computes there (:mod:`anncvt.passes.fit_layers`).
-2. All together: end to end, to the teacher's logits (KL divergence) and to its outputs behind every converted layer.
+1. Layers and blocks, one after the other (:mod:`anncvt.passes.fit_locally`): weights by quantile map, fitted to what
+   the teacher computes there; then all layers of a block to what the teacher's block computes.
+2. All together, end to end (:mod:`anncvt.passes.fit_jointly`).
 3. The BatchNorm statistics are taken again.
 
 All steps use the op's exact (sign) gradient: the smoothed one of AdderNet training measures worse here.
@@ -10,24 +10,24 @@ All steps use the op's exact (sign) gradient: the smoothed one of AdderNet train
 
 from __future__ import annotations
 
-import functools
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from anncvt.errors import AnncvtError
 from anncvt.images import augment, normalise
-from anncvt.passes.fit_layers import LayerFit, fit_layers
+from anncvt.passes.calibration_state import CalibrationState
+from anncvt.passes.fit_blocks import BlockFit
+from anncvt.passes.fit_jointly import JointFit, fit_jointly, refresh_statistics
+from anncvt.passes.fit_layers import LayerFit
+from anncvt.passes.fit_locally import LocalFit
 from anncvt.passes.initialise import initialise
-from anncvt.passes.objectives import divergence, unexplained
-from anncvt.passes.pairing import Pair, gradients, outputs_of, pairs
-from anncvt.passes.schedule import cosine, set_rates, steps_within
+from anncvt.passes.pairing import Pair, channels_last, gradients, pairs
 from anncvt.passes.trace import trace
 from anncvt.program import Plan, Program
 from anncvt.progress import SILENT, Progress
@@ -35,7 +35,7 @@ from anncvt.progress import SILENT, Progress
 if TYPE_CHECKING:
     from anncvt.images import Images
 
-#: Memory for the activations of one training step, and for those kept while layers are fitted.
+#: Bytes for activations, unless the caller says otherwise.
 MEMORY = 4 << 30
 
 
@@ -44,14 +44,10 @@ class CalibrationConfig:
     """Hyper-parameters; the defaults are what measured best (benchmarks/RESULTS.md)."""
 
     layer: LayerFit = field(default_factory=LayerFit)
-    layer_share: float = 0.6  # of a time budget
-    joint_steps: int = 300
-    batch_size: int = 64
-    lr: float = 3e-4  # Adam, of everything but adder weights
-    weight_lr: float = 0.001  # Adam, of adder weights, relative to the standard deviation of each layer's input
-    temperature: float = 2.0
-    feature_weight: float = 1.0
-    augment: bool = True
+    block: BlockFit = field(default_factory=BlockFit)
+    joint: JointFit = field(default_factory=JointFit)
+    layer_share: float = 0.25  # of a time budget
+    block_share: float = 0.5
 
 
 def calibrate(
@@ -60,7 +56,10 @@ def calibrate(
     *,
     budget: float | None = None,
     seed: int = 0,
+    memory: int = MEMORY,
     config: CalibrationConfig | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
     progress: Progress = SILENT,
 ) -> Program:
     """Fit the rewritten student to its teacher on unlabelled ``images``.
@@ -71,196 +70,118 @@ def calibrate(
         budget: seconds to spend. The numbers of steps are chosen from the measured time of a step, and recorded.
             ``None``: exactly the numbers in ``config``.
         seed: of the order of the images and their augmentation.
+        memory: bytes for activations. With less, fewer of the images serve for blocks, and batches are smaller.
         config: hyper-parameters.
+        folder: the program folder; what is fitted is kept there, so that nothing is lost if the run is interrupted.
+        resume: go on from what the folder keeps.
 
     Raises:
-        AnncvtError: the program is not rewritten, there are no images, or the fit diverged.
+        AnncvtError: the program is not rewritten, there are no images, the fit diverged, or what the folder keeps is
+            of a calibration with other settings.
     """
     begin = time.monotonic()
     paired = pairs(program)
-    student, plan = program.student, program.plan
+    student, teacher, plan = program.student, program.teacher.eval(), program.plan
     assert student is not None and plan is not None
     if len(images) == 0:
         raise AnncvtError("no calibration images", fix="name a data set with images")
     config = config or CalibrationConfig()
-    config = replace(config, batch_size=_batch_size(config.batch_size, plan, len(images)))
-    run = _Calibration(program, student, paired, images, config, torch.Generator().manual_seed(seed), progress)
+    size = _batch_size(config.joint.batch_size, plan, len(images), memory)
+    config = replace(config, joint=replace(config.joint, batch_size=size))
+    identity = {"data": images.name, "images": len(images), "seed": seed, "memory": memory, "config": asdict(config)}
+    state = CalibrationState(student, torch.Generator().manual_seed(seed), identity, folder)
+    if resume:
+        state.restore()
+    begin -= state.seconds
     deadline = None if budget is None else begin + budget
+    state.begin = begin
+    draw = _Batches(program, images, config.joint, state.generator)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    linear = any(layer.kind == "Linear" for layer in plan.swapped)
+    graph = trace(teacher, linear=linear).parts[0].graph
     try:
         with gradients(paired, "exact"):
-            fitted = run.fit_layers(plan, deadline)
-            steps = run.fit_jointly(deadline)
-            run.refresh_statistics()
+            student.eval()
+            reached = set() if graph is None else {str(node.target) for node in graph.nodes if node.op == "call_module"}
+            _map_unreached(program, paired, reached, draw.plain(order[:256]), state, progress)
+            if graph is not None:
+                local = LocalFit(graph, teacher, student, paired, order, draw.plain, memory, config.layer, config.block)
+                local.layers, local.blocks = state.layers, state.blocks
+                shares = (config.layer_share, config.block_share)
+                within = None if deadline is None else time.monotonic() + sum(shares) * (deadline - time.monotonic())
+                local.run(state.generator, within, shares, state.keep, progress)
+                del local
+            last = fit_jointly(
+                teacher, student, paired, draw.next, config.joint, state.joint, deadline, state.keep, progress
+            )
+            chosen = torch.randperm(len(images), generator=state.generator)[:2048]
+            parts = [part for part in chosen.split(size) if len(part) == size]
+            refresh_statistics(student, paired, (draw.plain(part) for part in parts))
+    except KeyboardInterrupt:
+        progress.note(state.summary(len(paired)))
+        raise
     finally:
         student.eval()
     metrics = {
         "data": images.name,
         "images": len(images),
         "budget": budget,
-        "fitted_r2": {name: round(r2, 4) for name, r2 in fitted.items()},
-        "final_r2": {name: round(r2, 4) for name, r2 in run.r2.items()},
-        "joint_steps": steps,
+        "layers": {name: _rounded(row) for name, row in state.layers.items()},
+        "blocks": [_rounded(row) for row in state.blocks],
+        "final_r2": {name: round(r2, 4) for name, r2 in last.items()},
+        "joint_steps": state.joint.steps,
+        "memory": memory,
         "config": asdict(config),
     }
     program.record("calibrated", time.monotonic() - begin, metrics, seed)
     return program
 
 
-@dataclass
-class _Calibration:
-    """What the stages share."""
+def _map_unreached(
+    program: Program, paired: list[Pair], reached: set[str], images: Tensor, state: CalibrationState, progress: Progress
+) -> None:
+    """Layers that no graph of the whole network reaches get the map and the line only, and get it first."""
+    unreached = [pair.name for pair in paired if pair.name not in reached]
+    if not unreached or state.layers:
+        return
+    assert program.student is not None
+    with progress.task("map layers", len(paired)) as task:
+        mapped = initialise(
+            program.teacher, program.student, paired, images, lambda name, r2: task.advance(1, layer=name, r2=r2)
+        )
+    for name in unreached:
+        state.layers[name] = {"r2": mapped[name], "mapped_r2": mapped[name], "steps": 0}
 
-    program: Program
-    student: nn.Module
-    paired: list[Pair]
-    images: Images
-    config: CalibrationConfig
-    generator: torch.Generator
-    progress: Progress
-    r2: dict[str, float] = field(default_factory=dict)  # of the last batch
 
-    def fit_layers(self, plan: Plan, deadline: float | None) -> dict[str, float]:
-        """Stage 1. Layers that no graph of the whole network reaches get the map and the line only."""
-        seconds = None if deadline is None else self.config.layer_share * (deadline - time.monotonic())
-        chunks = self._chunks(_kept_images(plan, len(self.images)))
-        fitted: dict[str, float] = {}
-        linear = any(layer.kind == "Linear" for layer in plan.swapped)
-        graph = trace(self.program.teacher, linear=linear).parts[0].graph
-        with self.progress.task("fit layers", len(self.paired)) as task:
-            at = self.paired[0].name
+class _Batches:
+    """The images as the networks take them."""
 
-            def show(name: str, error: float) -> None:
-                nonlocal at
-                task.advance(name != at, layer=name, r2=1 - error)
-                at = name
+    def __init__(self, program: Program, images: Images, how: JointFit, generator: torch.Generator) -> None:
+        self.program, self.images, self.how, self.generator = program, images, how, generator
 
-            if graph is not None:
-                fitted = fit_layers(
-                    graph,
-                    self.program.teacher.eval(),
-                    self.student.eval(),
-                    self.paired,
-                    chunks,
-                    self.config.layer,
-                    self.generator,
-                    seconds,
-                    show,
-                )
-            rest = [pair for pair in self.paired if pair.name not in fitted]
-            if rest:
-                fitted |= initialise(
-                    self.program.teacher, self.student, rest, chunks[0], lambda name, r2: show(name, 1 - r2)
-                )
-            task.advance(1)
-        return fitted
+    def plain(self, indices: Tensor) -> Tensor:
+        """Those at ``indices``."""
+        return self._prepared(self.images.pixels[indices])
 
-    def fit_jointly(self, deadline: float | None) -> int:
-        """Stage 2. Returns the number of steps."""
-        config = self.config
-        spread = self._input_spread()
-        groups = [{"params": [p.adder.weight], "lr": config.weight_lr * spread[p.name]} for p in self.paired]
-        weights = {pair.adder.weight for pair in self.paired}
-        others = [parameter for parameter in self.student.parameters() if parameter not in weights]
-        optimizer = torch.optim.Adam([*groups, {"params": others, "lr": config.lr}])
-        peaks = [group["lr"] for group in optimizer.param_groups]
-        batches = self._batches()
-        self._train_mode()
-
-        def step(factor: float) -> float:
-            set_rates(optimizer, peaks, factor)
-            loss = self._loss(self._batch(next(batches), config.augment))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            return float(loss.detach())
-
-        steps = config.joint_steps
-        if deadline is not None:
-            steps = steps_within(deadline - time.monotonic(), lambda: step(0.0))
-        with self.progress.task("fit jointly", steps) as task:
-            for at in range(steps):
-                loss = step(cosine(at, steps))
-                if not math.isfinite(loss):
-                    raise AnncvtError(
-                        f"calibration diverged: the loss is {loss} at step {at + 1} of {steps}",
-                        fix="use images like those the network was trained on, and check --mean and --std",
-                    )
-                task.advance(1, loss=loss, r2=sum(self.r2.values()) / len(self.r2))
-        return steps
-
-    @torch.no_grad()
-    def _input_spread(self) -> dict[str, float]:
-        """Standard deviation of what arrives at each adder: the natural unit of its weights."""
-        spread: dict[str, float] = {}
-
-        def measure(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            spread[name] = float(inputs[0].std().clamp_min(1e-6))
-
-        handles = [p.adder.register_forward_pre_hook(functools.partial(measure, p.name)) for p in self.paired]
-        self.student.eval()(self._batch(next(self._batches()), augmented=False))
-        for handle in handles:
-            handle.remove()
-        return spread
-
-    def _loss(self, x: Tensor) -> Tensor:
-        ends = [pair.conv_end for pair in self.paired] + [pair.adder_end for pair in self.paired]
-        with outputs_of(ends) as outputs:
-            with torch.no_grad():
-                wanted = self.program.teacher(x)
-            got = self.student(x)
-        missed = {pair.name: unexplained(outputs[pair.adder_end][0], outputs[pair.conv_end][0]) for pair in self.paired}
-        self.r2 = {name: 1 - float(share.detach()) for name, share in missed.items()}
-        features = self.config.feature_weight * torch.stack(list(missed.values())).mean()
-        return features + divergence(got, wanted, self.config.temperature)
-
-    @torch.no_grad()
-    def refresh_statistics(self, images: int = 2048) -> None:
-        """Stage 3: cumulative statistics of the fitted norms."""
-        norms = [pair.norm for pair in self.paired if isinstance(pair.norm, _BatchNorm)]
-        momenta = [norm.momentum for norm in norms]
-        self._train_mode()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # cumulative average
-        order = torch.randperm(len(self.images), generator=self.generator)[:images]
-        for batch in order.split(self.config.batch_size):
-            if len(batch) == self.config.batch_size:
-                self.student(self._batch(batch, augmented=False))
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-
-    def _train_mode(self) -> None:
-        """Batch statistics in the fitted norms; everything else (dropout, the kept layers) as at inference."""
-        self.student.eval()
-        for pair in self.paired:
-            pair.norm.train()
-
-    def _batches(self) -> Iterator[Tensor]:
-        while True:
-            order = torch.randperm(len(self.images), generator=self.generator)
-            yield from (part for part in order.split(self.config.batch_size) if len(part) == self.config.batch_size)
-
-    def _batch(self, indices: Tensor, augmented: bool) -> Tensor:
-        pixels = self.images.pixels[indices]
+    def next(self, augmented: bool) -> Tensor:
+        """``batch_size`` images at random: what comes next depends on the generator alone."""
+        chosen = torch.randperm(len(self.images), generator=self.generator)[: self.how.batch_size]
+        pixels = self.images.pixels[chosen]
         if augmented:
             pad = max(1, pixels.shape[-1] // 8)
             pixels = augment(pixels, self.generator, pad=pad, flip=self.images.flip)
-        return normalise(pixels, self.program.preprocess).contiguous(memory_format=torch.channels_last)
+        return self._prepared(pixels)
 
-    def _chunks(self, count: int, size: int = 256) -> list[Tensor]:
-        order = torch.randperm(len(self.images), generator=self.generator)[:count]
-        return [self._batch(part, augmented=False) for part in order.split(size)]
+    def _prepared(self, pixels: Tensor) -> Tensor:
+        return channels_last(normalise(pixels, self.program.preprocess))
 
 
-def _batch_size(wanted: int, plan: Plan, images: int) -> int:
-    """The largest batch up to ``wanted`` whose activations fit into :data:`MEMORY`."""
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+
+
+def _batch_size(wanted: int, plan: Plan, images: int, memory: int) -> int:
+    """The largest batch up to ``wanted`` whose activations fit into ``memory``."""
     # Per layer: the teacher's output, the student's and its norm's, what autograd keeps of them, and their gradients.
     per_image = 8 * 4 * sum(math.prod(layer.out_shape[-3:]) for layer in plan.layers)
-    return max(2, min(wanted, images, MEMORY // max(1, per_image)))
-
-
-def _kept_images(plan: Plan, images: int) -> int:
-    """How many images' activations at the widest layer fit into :data:`MEMORY`."""
-    # Input, target and shortcut of the layer, in both networks.
-    widest = max(math.prod(layer.in_shape[-3:]) + math.prod(layer.out_shape[-3:]) for layer in plan.layers)
-    return max(2, min(images, MEMORY // (6 * 4 * widest)))
+    return max(2, min(wanted, images, memory // max(1, per_image)))

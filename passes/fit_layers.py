@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import operator
+import copy
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from anncvt.nn import channels_first
+from anncvt.nn import AdderLinear
+from anncvt.passes.examples import Examples, batches, collect
 from anncvt.passes.initialise import fit_line, map_weights
 from anncvt.passes.objectives import unexplained
 from anncvt.passes.pairing import Pair
 from anncvt.passes.schedule import cosine, set_rates, steps_within
-from anncvt.passes.walk import Walk, reader
+from anncvt.passes.surroundings import Sequel, sequel
+from anncvt.passes.walk import Values, Walk
 
-_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
+#: Output pixels on which the norm's line and its statistics are taken, and which are computed at once.
+SETTLING = 65536
+#: Positions of an image that a Linear layer is fitted on.
+LINEAR_POSITIONS = 64
 
 
 @dataclass(frozen=True)
@@ -29,121 +33,137 @@ class LayerFit:
     """How one layer is fitted; the defaults are what measured best (benchmarks/RESULTS.md)."""
 
     steps: int = 600
+    least_steps: int = 20  # however short the time is
     positions: int = 16384  # output pixels per step: the cost of a step, whatever the size of the maps
     weight_lr: float = 0.1  # relative to the standard deviation of the layer's input
     norm_lr: float = 0.01
-    relu_weight: float = 5.0  # of the error behind the ReLU, where one follows
+    activation_weight: float = 5.0  # of the error behind the activation, where one follows
 
 
 @dataclass(frozen=True)
-class _Sequel:
-    """What the network does with a layer's normed output before the next layer reads it."""
+class FittedLayer:
+    """What came of one layer; R^2 on images that it was not fitted on."""
 
-    added: fx.Node | None  # the other operand of a residual addition, when it is known already
-    relu: bool
-
-
-@dataclass(frozen=True)
-class _Examples:
-    """What a layer is fitted on, per chunk of images."""
-
-    inputs: list[Tensor]  # what arrives in the student
-    targets: list[Tensor]  # what the norm should give
-    residual: list[Tensor] | None  # what the student adds to it
+    r2: float
+    mapped_r2: float  # before fitting
+    outside: float  # share of the taps whose weight lies beyond their input channel's activations
+    steps: int
 
 
 def fit_layers(
+    walk: Walk,
     graph: fx.Graph,
-    teacher: nn.Module,
-    student: nn.Module,
-    paired: list[Pair],
-    images: list[Tensor],
+    paired: Sequence[Pair],
+    chunks: Callable[[str], int],
+    images: Sequence[int],
     how: LayerFit,
     generator: torch.Generator,
-    seconds: float | None = None,
-    on_step: Callable[[str, float], None] = lambda name, error: None,
-) -> dict[str, float]:
+    seconds: Callable[[str], float | None] = lambda name: None,
+    on_step: Callable[[str, float], None] = lambda name, r2: None,
+) -> Iterator[tuple[str, FittedLayer]]:
     """Walk both networks; at every adder, map its weights from the input that really arrives and fit them.
 
     The input is the student's own, so a layer learns to live with the errors of the ones before it. Where its output is
-    added to a shortcut, the target also makes up for the shortcut's error. Input and target are kept for all images, so
-    no part of a network runs twice.
+    added to a shortcut, the target also makes up for the shortcut's error.
 
     Args:
+        walk: before the first of the layers.
         graph: of the teacher (the student's is equal).
-        teacher, student: in eval mode.
-        paired: the swapped layers.
-        images: in chunks ``[n, C, H, W]``.
+        paired: the swapped layers to fit.
+        chunks: how many of the walk's chunks a layer needs, by name.
+        images: how many are in each chunk.
         how: steps and learning rates.
         generator: of the order of the images.
-        seconds: time for all layers; the numbers of steps follow from it. ``None``: ``how.steps`` each.
-        on_step: called with the layer's name and its share of unexplained variance after every step; the last call of a
-            layer comes before the first of the next.
+        seconds: time for a layer, by name; the number of steps follows from it. ``None``: ``how.steps``.
+        on_step: called with the layer's name and R^2 after every step.
 
-    Returns:
-        R^2 per layer that the graph reaches, in order.
+    Yields:
+        Name and result of each layer that the graph reaches, in order.
     """
-    by_name = {pair.name: pair for pair in paired}
-    begin = time.monotonic()
-    walk = Walk(graph, teacher, student, images)
-    explained: dict[str, float] = {}
-    for node in walk:
-        pair = by_name.get(str(node.target)) if node.op == "call_module" else None
-        if pair is None or pair.name in explained:
-            continue
-        share = None
-        if seconds is not None:
-            share = max(0.0, seconds - (time.monotonic() - begin)) / (len(paired) - len(explained))
-        examples, relu = _examples(walk, node, pair)
-        explained[pair.name] = _fit(pair, examples, relu, how, share, generator, on_step)
-    return explained
+    todo = {pair.name: pair for pair in paired}
+    for node in graph.nodes:
+        pair = todo.pop(str(node.target), None) if node.op == "call_module" else None
+        if pair is not None:
+            count = chunks(pair.name)
+            yield (
+                pair.name,
+                _fit_at(walk, node, pair, count, sum(images[:count]), how, seconds(pair.name), generator, on_step),
+            )
 
 
-def _examples(walk: Walk, node: fx.Node, pair: Pair) -> tuple[_Examples, bool]:
-    (source,) = node.all_input_nodes
-    sequel = _sequel(walk, node, pair)
-    targets = []
-    with torch.no_grad():
-        for at, x in enumerate(walk.teacher[source]):
-            z = pair.conv(x)
-            z = z if pair.conv_end is pair.conv else pair.conv_end(z)
-            if sequel.added is not None:
-                z = z + (walk.teacher[sequel.added][at] - walk.student[sequel.added][at])
-            targets.append(z)
-    residual = None if sequel.added is None else walk.student[sequel.added]
-    return _Examples(walk.student[source], targets, residual), sequel.relu
+def step_cost(pair: Pair) -> float:
+    """Time of a step per output pixel, in taps: what is done per output channel takes as long as some 200."""
+    return pair.adder.out_channels * (pair.adder.weight[0].numel() + 200)
 
 
-def _sequel(walk: Walk, node: fx.Node, pair: Pair) -> _Sequel:
-    """Follow a layer's output through an addition and a ReLU, as far as each value has one reader."""
-    end: fx.Node | None = node if pair.conv_end is pair.conv else reader(node)
-    user = None if end is None else reader(end)
-    added = None
-    if end is not None and user is not None and user.target in _ADDITIONS and len(user.all_input_nodes) == 2:
-        other = next(operand for operand in user.all_input_nodes if operand is not end)
-        if other not in walk.student:
-            return _Sequel(None, False)
-        added, user = other, reader(user)
-    if user is None:
-        return _Sequel(added, False)
-    is_module = user.op == "call_module" and isinstance(walk.networks[0].get_submodule(str(user.target)), nn.ReLU)
-    return _Sequel(added, is_module or user.target in _RELUS)
-
-
-def _fit(
+def _fit_at(
+    walk: Walk,
+    node: fx.Node,
     pair: Pair,
-    examples: _Examples,
-    relu: bool,
+    count: int,
+    images: int,
     how: LayerFit,
     seconds: float | None,
     generator: torch.Generator,
     on_step: Callable[[str, float], None],
-) -> float:
+) -> FittedLayer:
+    begin = time.monotonic()
+    follows: Sequel | None = None
+
+    def examples() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        nonlocal follows
+        for teacher, student in walk.before(node, count):
+            if follows is None:
+                follows = sequel(node, pair.conv_end is not pair.conv, student.__contains__, walk.networks[1])
+            yield _example(teacher, student, node, pair, follows)
+
+    train, test = collect(pair.adder, examples(), images, walk.memory // 2, generator)
+    assert follows is not None
+    if seconds is not None:
+        seconds -= time.monotonic() - begin
+    return _fit(pair, train, test, follows.activation, how, seconds, generator, on_step)
+
+
+@torch.no_grad()
+def _example(
+    teacher: Values, student: Values, node: fx.Node, pair: Pair, follows: Sequel
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, target and residual of one chunk."""
+    (source,) = node.all_input_nodes
+    z = pair.conv(teacher[source])
+    z = z if pair.conv_end is pair.conv else pair.conv_end(z)
+    residual = None if follows.added is None else student[follows.added]
+    if follows.added is not None:
+        z = z + (teacher[follows.added] - residual)
+    if isinstance(pair.adder, AdderLinear):
+        return _positions(student[source]), _positions(z), None if residual is None else _positions(residual)
+    return student[source], z, residual
+
+
+def _positions(x: Tensor) -> Tensor:
+    """``[N, ..., C]`` as ``[N * positions, C]``, evenly spaced ones where there are many: each is an example."""
+    flat = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
+    return flat[:, :: -(-flat.shape[1] // LINEAR_POSITIONS)].flatten(0, 1)
+
+
+def _fit(
+    pair: Pair,
+    train: Examples,
+    test: Examples,
+    activation: Callable[[Tensor], Tensor] | None,
+    how: LayerFit,
+    seconds: float | None,
+    generator: torch.Generator,
+    on_step: Callable[[str, float], None],
+) -> FittedLayer:
     norm = cast(_BatchNorm, pair.norm)
-    map_weights(pair, examples.inputs[0], generator)
+    some = train.rows(slice(0, _rows(train)))
+    map_weights(pair, some.inputs, generator)
     with torch.no_grad():
-        fit_line(norm, pair.adder.response(examples.inputs[0]), examples.targets[0])
-    spread = float(torch.stack([chunk.std() for chunk in examples.inputs]).mean().clamp_min(1e-6))
+        fit_line(norm, pair.adder.response(some.inputs, is_padded=True), some.targets)
+    mapped = copy.deepcopy((pair.adder.state_dict(), norm.state_dict()))
+    mapped_r2 = _score(pair, test)
+    spread = float(some.inputs.std().clamp_min(1e-6))
     optimizer = torch.optim.Adam(
         [
             {"params": [pair.adder.weight], "lr": how.weight_lr * spread},
@@ -151,59 +171,71 @@ def _fit(
         ]
     )
     peaks = [group["lr"] for group in optimizer.param_groups]
-    size = max(8, how.positions // channels_first(norm, examples.targets[0])[0, 0].numel())
-    batches = _batches(examples, size, generator)
+    stream = batches(train, max(8, how.positions // train.targets[0, 0].numel()), generator)
 
     def step(factor: float) -> None:
         set_rates(optimizer, peaks, factor)
-        x, wanted, residual = next(batches)
-        got = norm(pair.adder.response(x))
-        error = unexplained(got, wanted)
-        loss = error
-        if relu:
-            if residual is not None:
-                got, wanted = got + residual, wanted + residual
-            loss = error + how.relu_weight * unexplained(got.relu(), wanted.relu())
+        batch = next(stream)
+        got = norm(pair.adder.response(batch.inputs, is_padded=True))
+        error = loss = unexplained(got, batch.targets)
+        if activation is not None:
+            wanted = batch.targets
+            if batch.residual is not None:
+                got, wanted = got + batch.residual, wanted + batch.residual
+            loss = error + how.activation_weight * unexplained(activation(got), activation(wanted))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        on_step(pair.name, float(error.detach()))
+        on_step(pair.name, 1 - float(error.detach()))
 
     norm.train()
-    steps = how.steps if seconds is None else steps_within(seconds, lambda: step(0.0))
+    steps = how.steps
+    if seconds is not None:
+        steps = min(steps, steps_within(seconds, lambda: step(0.0), least=how.least_steps))
     for at in range(steps):
         step(cosine(at, steps, warmup=0.02))
     norm.eval()
-    return _settle(pair, norm, examples)
+    _settle(pair, norm, some)
+    r2 = _score(pair, test)
+    if not r2 >= mapped_r2 and steps:  # also where it is not a number
+        pair.adder.load_state_dict(mapped[0])
+        norm.load_state_dict(mapped[1])
+        r2 = mapped_r2
+    return FittedLayer(r2, mapped_r2, _outside(pair, some.inputs), steps)
 
 
 @torch.no_grad()
-def _settle(pair: Pair, norm: _BatchNorm, examples: _Examples, images: int = 1024) -> float:
-    """Take the norm's statistics over many images at once; return R^2 there."""
-    chunks = slice(0, -(-images // len(examples.inputs[0])))
-    y = torch.cat([pair.adder.response(chunk) for chunk in examples.inputs[chunks]])
-    first = channels_first(norm, y)
+def _settle(pair: Pair, norm: _BatchNorm, examples: Examples) -> None:
+    """Take the norm's statistics over many images at once."""
+    y = pair.adder.response(examples.inputs, is_padded=True)
     over = [d for d in range(y.dim()) if d != 1]
     assert norm.running_mean is not None and norm.running_var is not None
-    norm.running_mean.copy_(first.mean(over))
-    norm.running_var.copy_(first.var(over))
-    return 1 - float(unexplained(norm(y), torch.cat(examples.targets[chunks])))
+    norm.running_mean.copy_(y.mean(over))
+    norm.running_var.copy_(y.var(over))
 
 
-def _batches(
-    examples: _Examples, size: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Random batches of (input, target, residual) without end; a batch comes from one chunk, chunks in random order."""
-    while True:
-        for at in torch.randperm(len(examples.inputs), generator=generator).tolist():
-            order = torch.randperm(len(examples.inputs[at]), generator=generator)
-            for part in order.split(size):
-                if len(part) == min(size, len(order)):
-                    residual = None if examples.residual is None else _rows(examples.residual[at], part)
-                    yield _rows(examples.inputs[at], part), _rows(examples.targets[at], part), residual
+@torch.no_grad()
+def _score(pair: Pair, examples: Examples) -> float:
+    """R^2 of the layer and its norm, in eval mode."""
+    missed = 0.0
+    for part in torch.arange(len(examples)).split(_rows(examples)):
+        some = examples.rows(part)
+        got = pair.norm(pair.adder.response(some.inputs, is_padded=True))
+        missed += float((got - some.targets).square().sum())
+    return 1 - missed / (examples.targets.numel() * max(float(examples.targets.var()), 1e-12))
 
 
-def _rows(x: Tensor, indices: Tensor) -> Tensor:
-    """The chosen images in channels_last, the kernels' layout."""
-    rows = x[indices]
-    return rows.contiguous(memory_format=torch.channels_last) if rows.dim() == 4 else rows
+def _rows(examples: Examples) -> int:
+    return max(64, SETTLING // examples.targets[0, 0].numel())
+
+
+def _outside(pair: Pair, inputs: Tensor) -> float:
+    """Share of the taps whose weight no activation of their channel passes: there the adder is linear."""
+    channels = inputs.transpose(0, 1).flatten(1)
+    low, high = channels.amin(1), channels.amax(1)
+    groups, per_group = pair.adder.groups, pair.adder.weight.shape[1]
+    weight = pair.adder.weight.detach().reshape(
+        groups, -1, per_group, math.prod(pair.adder.kernel_size)
+    )  # [G,O/G,C/G,K]
+    low, high = (bound.view(groups, 1, per_group, 1) for bound in (low, high))
+    return float(((weight <= low) | (weight >= high)).float().mean())

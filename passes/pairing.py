@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from anncvt.errors import AnncvtError
@@ -49,6 +50,11 @@ def pairs(program: Program) -> list[Pair]:
             bn = program.teacher.get_submodule(layer.bn)
             found.append(Pair(layer.name, conv, bn, adder, program.student.get_submodule(layer.bn)))
     return found
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` in the kernels' layout."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -36,3 +36,23 @@ def steps_within(seconds: float, trial: Callable[[], object], least: int = 10) -
         timed.append(time.monotonic() - start)
     fit = (seconds - (time.monotonic() - begin)) / max(sorted(timed)[2], 1e-6)
     return max(least, round(GRID ** math.floor(math.log(max(fit, 1.0), GRID))))
+
+
+class Shares:
+    """Divides the time until ``deadline`` among tasks by weight; what one leaves over goes to those after it.
+
+    Args:
+        weights: of the tasks that are still to be done.
+        deadline: on the monotonic clock; ``None``: nobody's time is limited.
+    """
+
+    def __init__(self, weights: Mapping[str, float], deadline: float | None) -> None:
+        self._weights, self._deadline = dict(weights), deadline
+
+    def take(self, name: str) -> float | None:
+        """Seconds for the task ``name``, which starts now."""
+        total = sum(self._weights.values())
+        weight = self._weights.pop(name)
+        if self._deadline is None:
+            return None
+        return max(0.0, self._deadline - time.monotonic()) * weight / total

@@ -19,6 +19,7 @@ class Recorder:
         self.steps: list[tuple[float, dict]] = []
         self.totals: list[float | None] = []
         self.on_advance = on_advance
+        self.notes: list[str] = []
 
     @property
     def done(self) -> float:
@@ -38,15 +39,4 @@ class Recorder:
         self.on_advance(self.done)
 
     def note(self, message):
-        raise AssertionError(message)
-
-
-class Notes(Recorder):
-    """A recorder that keeps the lines it is told."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def note(self, message):
-        self.lines.append(message)
+        self.notes.append(message)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from networks import Residual
-from recorder import Notes
+from recorder import Recorder
 from torch import nn
 
 from anncvt import zoo
@@ -25,10 +25,10 @@ def saved(tmp_path):
 
 def test_a_checkpoint_with_its_architecture_beside_it(saved):
     path, network = saved
-    notes = Notes()
+    notes = Recorder()
     program = load(path, arch="anncvt_arch:Residual", arch_args={"classes": 5}, progress=notes)
     assert program.source.arch_path == str(path.parent) and len(program.source.sha256) == 64
-    assert any("anncvt_arch:Residual from" in line for line in notes.lines)
+    assert any("anncvt_arch:Residual from" in line for line in notes.notes)
     assert not program.teacher.training and program.stage == "loaded"
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(program.teacher(x), network(x))
@@ -110,10 +110,10 @@ def test_scripted_modules_are_refused():
 
 
 def test_a_factory_as_model():
-    notes = Notes()
+    notes = Recorder()
     program = load("networks:Residual", arch_args={"width": 6}, progress=notes)
     assert program.teacher.stem.out_channels == 6 and program.source.arch == "networks:Residual"
-    assert any("random" in line for line in notes.lines)
+    assert any("random" in line for line in notes.notes)
 
 
 @pytest.mark.parametrize(
@@ -180,10 +180,10 @@ needs_torchvision = pytest.mark.skipif(not zoo.names("torchvision"), reason="tor
 def test_the_file_name_suggests_and_every_tensor_confirms(tmp_path):
     network = zoo.build("torchvision", "squeezenet1_1", {})
     torch.save(network.state_dict(), tmp_path / "squeezenet1_1-b8a52dc0.pth")
-    notes = Notes()
+    notes = Recorder()
     program = load(tmp_path / "squeezenet1_1-b8a52dc0.pth", progress=notes)
     assert program.source.arch == "torchvision:squeezenet1_1" and program.preprocess.input_size == (3, 224, 224)
-    assert any("strict match" in line for line in notes.lines)
+    assert any("strict match" in line for line in notes.notes)
     torch.save(zoo.build("torchvision", "squeezenet1_0", {}).state_dict(), tmp_path / "squeezenet1_1-b8a52dc0.pth")
     with pytest.raises(AnncvtError, match="do not fit torchvision:squeezenet1_1"):
         load(tmp_path / "squeezenet1_1-b8a52dc0.pth")
@@ -217,10 +217,10 @@ def test_without_pretrained_weights_a_named_network_is_random_and_says_so(monkey
         return real(zoo_name, name, arguments)
 
     monkeypatch.setattr(zoo, "build", offline)
-    notes = Notes()
+    notes = Recorder()
     program = load("torchvision:squeezenet1_1", progress=notes)
     assert program.history[0].metrics["weights"] == "random"
-    assert any("RANDOM" in line and "no route" in line for line in notes.lines)
+    assert any("RANDOM" in line and "no route" in line for line in notes.notes)
 
 
 @pytest.fixture
@@ -239,13 +239,13 @@ def hub_folder(tmp_path):
 
 def test_a_config_beside_the_weights_says_the_architecture(hub_folder):
     place, network = hub_folder
-    notes = Notes()
+    notes = Recorder()
     program = load(place / "model.safetensors", progress=notes)
     assert program.source.arch == "timm:test_resnet" and program.source.arch_args["num_classes"] == 7
     assert program.preprocess.input_size == (3, 96, 96) and program.preprocess.mean == (0.1, 0.2, 0.3)
     x = torch.randn(1, 3, 96, 96)
     assert torch.equal(program.teacher(x), network(x))
-    assert any("config.json" in line for line in notes.lines)
+    assert any("config.json" in line for line in notes.notes)
 
 
 def test_a_hostile_config_reads_no_other_file_and_makes_nothing_large(hub_folder, tmp_path):

@@ -1,7 +1,7 @@
 import click
 import pytest
 
-from anncvt.options import Duration, Numbers, Setting, Size
+from anncvt.options import Bytes, Duration, Numbers, Setting, Size
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,9 @@ from anncvt.options import Duration, Numbers, Setting, Size
         (Numbers(), "0.5,0.25", (0.5, 0.25)),
         (Numbers(), 0.5, (0.5,)),
         (Numbers(), [1, 2], (1.0, 2.0)),
+        (Bytes(), "500M", 500 << 20),
+        (Bytes(), "1.5GiB", 3 << 29),
+        (Bytes(), "8gb", 8 << 30),
         (Duration(), "90", 90),
         (Duration(), "90s", 90),
         (Duration(), "1.5m", 90),
@@ -38,6 +41,9 @@ def test_values(kind, value, meant):
         (Size(), ""),
         (Numbers(), "a"),
         (Numbers(), ","),
+        (Bytes(), "0G"),
+        (Bytes(), "8"),
+        (Bytes(), "plenty"),
         (Duration(), "0"),
         (Duration(), "5 days"),
         (Duration(), "-1"),

@@ -2,15 +2,12 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from killing import killed_and_resumed
 from networks import Residual
 from recorder import Recorder
 
@@ -109,24 +106,9 @@ torch.save(net.student.state_dict(), sys.argv[3])
 
 @pytest.mark.slow
 def test_kill_nine_and_resume(tmp_path):
-    """Killed from outside again and again, also while a checkpoint is being written."""
     here = str(Path(__file__).parent)
     command = [sys.executable, "-c", SCRIPT, here]
-    subprocess.run([*command, str(tmp_path / "whole"), str(tmp_path / "whole.pt")], check=True, timeout=300)
-    target, result = tmp_path / "cut", tmp_path / "cut.pt"
-    checkpoint = target / CHECKPOINT
-    for _ in range(4):
-        victim = subprocess.Popen([*command, str(target), str(result)])
-        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
-        deadline = time.monotonic() + 120
-        while victim.poll() is None and time.monotonic() < deadline:
-            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != before:
-                os.kill(victim.pid, signal.SIGKILL)
-                break
-            time.sleep(0.001)
-        victim.wait(timeout=60)
-    subprocess.run([*command, str(target), str(result)], check=True, timeout=300)
-    expected, got = (torch.load(path, weights_only=True) for path in (tmp_path / "whole.pt", result))
+    expected, got = killed_and_resumed(command, tmp_path, CHECKPOINT)
     assert all(torch.equal(value, got[name]) for name, value in expected.items())
 
 

@@ -1,23 +1,31 @@
 """Calibration of networks small enough for the fast suite: it must beat what is there before it, for any structure."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from killing import killed_and_resumed
 from networks import Awkward, Mobile, Residual
 from recorder import Recorder
 
 from anncvt.errors import AnncvtError
 from anncvt.images import Images, normalise
 from anncvt.loading import load
+from anncvt.passes import calibration_state
 from anncvt.passes.calibrate import CalibrationConfig, calibrate
+from anncvt.passes.fit_blocks import BlockFit
+from anncvt.passes.fit_jointly import JointFit
 from anncvt.passes.fit_layers import LayerFit
 from anncvt.passes.pairing import pairs
 from anncvt.passes.plan import plan
 from anncvt.passes.rewrite import rewrite
 
-QUICK = CalibrationConfig(layer=LayerFit(steps=25, positions=1024), joint_steps=25, batch_size=16)
+QUICK = CalibrationConfig(
+    LayerFit(steps=25, positions=1024), BlockFit(steps=10, positions=1024), JointFit(steps=25, batch_size=16)
+)
 
 
 def _images(count=96, size=8):
@@ -56,37 +64,40 @@ def test_the_student_comes_close_to_the_teacher(network):
     assert _distance(program, images) < 0.5 * untouched
     record = program.history[-1]
     assert record.stage == "calibrated"
-    assert set(record.metrics["fitted_r2"]) == {pair.name for pair in pairs(program)}
+    assert set(record.metrics["layers"]) == {pair.name for pair in pairs(program)}
     assert all(torch.equal(value, before[name]) for name, value in program.teacher.state_dict().items())
     assert not program.student.training
     assert {pair.adder.gradient for pair in pairs(program)} == {"full"}
 
 
-def test_fitting_layers_and_fitting_jointly_each_improve_on_the_map():
+def test_each_stage_improves_on_the_map():
     distances = []
-    for layer_steps, joint_steps in ((0, 0), (60, 0), (0, 60)):
+    for layer, block, joint in ((0, 0, 0), (60, 0, 0), (0, 60, 0), (0, 0, 60)):
         program = _program(Residual())
-        layer = LayerFit(steps=layer_steps, positions=1024)
-        # A network as small as this one stands a higher rate than the default, and needs it in so few steps.
-        config = CalibrationConfig(layer, joint_steps=joint_steps, batch_size=16, lr=1e-3, weight_lr=0.01)
+        # A network as small as this one stands higher rates than the defaults, and needs them in so few steps.
+        config = CalibrationConfig(
+            LayerFit(steps=layer, positions=1024),
+            BlockFit(steps=block, positions=1024, weight_lr=0.05, norm_lr=0.01),
+            JointFit(steps=joint, batch_size=16, lr=1e-3, weight_lr=0.01),
+        )
         calibrate(program, _images(), config=config)
         distances.append(_distance(program, _images()))
-    assert distances[1] < 0.5 * distances[0]
-    assert distances[2] < 0.5 * distances[0]
+    assert max(distances[1:]) < 0.5 * distances[0]
 
 
 def test_what_tracing_cannot_reach_is_calibrated_all_the_same():
     program = _program(Awkward())
     calibrate(program, _images(), config=QUICK)
-    assert set(program.history[-1].metrics["fitted_r2"]) == {pair.name for pair in pairs(program)}
-    assert "branch.conv" in program.history[-1].metrics["fitted_r2"]
+    assert set(program.history[-1].metrics["layers"]) == {pair.name for pair in pairs(program)}
+    assert "branch.conv" in program.history[-1].metrics["layers"]
     assert all(torch.isfinite(value).all() for value in program.student.state_dict().values())
 
 
 def test_same_seed_same_weights():
     students = []
+    network = Residual()
     for seed in (3, 3, 4):
-        program = _program(Residual())
+        program = _program(copy.deepcopy(network))
         calibrate(program, _images(), seed=seed, config=QUICK)
         students.append(program.student.state_dict())
     assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
@@ -104,9 +115,65 @@ def test_a_budget_is_kept_and_its_steps_recorded():
 def test_progress_names_layers_and_their_fit():
     recorder, program = Recorder(), _program(Residual())
     calibrate(program, _images(), config=QUICK, progress=recorder)
-    layers = {metrics["layer"] for _, metrics in recorder.steps if "layer" in metrics}
-    assert layers == {pair.name for pair in pairs(program)}
-    assert recorder.done == len(layers) + QUICK.joint_steps
+    shown = {metrics["layer"] for _, metrics in recorder.steps if "layer" in metrics}
+    assert shown == {*(pair.name for pair in pairs(program)), "block 1"}
+    assert recorder.done == len(shown) + QUICK.joint.steps
+
+
+@pytest.mark.parametrize("at", [1, 2, 4, 20])
+def test_an_interrupted_calibration_goes_on_as_if_nothing_had_happened(at, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration_state, "INTERVAL", 0.0)
+    torch.manual_seed(0)
+    network = Residual()
+    whole, cut, resumed = (_program(copy.deepcopy(network)) for _ in range(3))
+    calibrate(whole, _images(), config=QUICK)
+    recorder = Recorder(_interrupt_at(at))
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(cut, _images(), config=QUICK, folder=tmp_path, progress=recorder)
+    assert "interrupted" in recorder.notes[-1] and ("kept" in recorder.notes[-1]) == (at > 1)
+    calibrate(resumed, _images(), config=QUICK, folder=tmp_path, resume=True)
+    expected, got = whole.student.state_dict(), resumed.student.state_dict()
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
+    assert resumed.history[-1].metrics == whole.history[-1].metrics
+
+
+def _interrupt_at(at):
+    def bomb(done):
+        if done >= at:
+            raise KeyboardInterrupt
+
+    return bomb
+
+
+def test_a_checkpoint_of_another_calibration_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration_state, "INTERVAL", 0.0)
+    calibrate(_program(Residual()), _images(), config=QUICK, folder=tmp_path)
+    with pytest.raises(AnncvtError, match=r"other settings \(seed\)"):
+        calibrate(_program(Residual()), _images(), config=QUICK, seed=1, folder=tmp_path, resume=True)
+    (tmp_path / calibration_state.CHECKPOINT).write_bytes(b"torn")
+    with pytest.raises(AnncvtError, match="not a usable checkpoint"):
+        calibrate(_program(Residual()), _images(), config=QUICK, folder=tmp_path, resume=True)
+    calibration_state.discard_checkpoint(tmp_path)
+    assert not (tmp_path / calibration_state.CHECKPOINT).exists()
+
+
+def test_little_memory_takes_fewer_images_and_smaller_batches():
+    program = _program(Residual())
+    calibrate(program, _images(), config=QUICK, memory=1 << 18)
+    metrics = program.history[-1].metrics
+    assert metrics["config"]["joint"]["batch_size"] < QUICK.joint.batch_size
+    assert _distance(program, _images()) < 1
+
+
+def test_every_layer_reports_how_it_fits():
+    program = _program(Residual())
+    calibrate(program, _images(), config=QUICK)
+    for row in program.history[-1].metrics["layers"].values():
+        assert row["mapped_r2"] <= row["r2"] <= 1  # a fit that is worse than the map is not taken
+        assert 0 <= row["outside"] <= 1
+        assert row["steps"] == QUICK.layer.steps
+    (block,) = program.history[-1].metrics["blocks"]
+    assert block["before_r2"] <= block["r2"] <= 1
 
 
 def test_no_images_and_no_rewrite_are_named():
@@ -124,3 +191,28 @@ def test_diverging_is_an_error_with_a_remedy():
         program.teacher.head.weight.fill_(float("nan"))
     with pytest.raises(AnncvtError, match="diverged"):
         calibrate(program, _images(), config=QUICK)
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+from pathlib import Path
+import torch
+from networks import Residual
+from test_calibrate import QUICK, _images, _program
+from anncvt.passes import calibration_state
+from anncvt.passes.calibrate import calibrate
+calibration_state.INTERVAL = 0.0
+torch.manual_seed(0)
+program = _program(Residual())
+calibrate(program, _images(), config=QUICK, folder=Path(sys.argv[3]), resume=True)
+torch.save(program.student.state_dict(), sys.argv[4])
+"""
+
+
+@pytest.mark.slow
+def test_kill_nine_and_resume(tmp_path):
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", SCRIPT, str(here.parent), str(here)]
+    expected, got = killed_and_resumed(command, tmp_path, calibration_state.CHECKPOINT)
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())

@@ -10,6 +10,8 @@ from anncvt.loading import load
 from anncvt.nn import AdderLinear, LastNorm
 from anncvt.passes.calibrate import CalibrationConfig, calibrate
 from anncvt.passes.choice import Choice
+from anncvt.passes.fit_blocks import BlockFit
+from anncvt.passes.fit_jointly import JointFit
 from anncvt.passes.fit_layers import LayerFit
 from anncvt.passes.pairing import pairs
 from anncvt.passes.plan import plan
@@ -101,9 +103,10 @@ def test_rewritten_layers_fit_their_teacher():
     assert isinstance(program.student.hidden[0], AdderLinear) and program.student.hidden[0].norm is None
     assert [pair.name for pair in pairs(program)] == ["widen", "narrow", "hidden.0"]
     images = Images(torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8), None, None, "noise")
-    config = CalibrationConfig(LayerFit(steps=30), joint_steps=5, batch_size=16)
+    config = CalibrationConfig(LayerFit(steps=30), BlockFit(steps=2), JointFit(steps=5, batch_size=16))
     metrics = calibrate(program, images, config=config).history[-1].metrics
-    assert set(metrics["fitted_r2"]) == {"widen", "narrow", "hidden.0"} and min(metrics["fitted_r2"].values()) > 0.3
+    fitted = {name: layer["r2"] for name, layer in metrics["layers"].items()}
+    assert set(fitted) == {"widen", "narrow", "hidden.0"} and min(fitted.values()) > 0.3
     x = torch.randn(3, 3, 8, 8)
     assert program.student(x).shape == (3, 5) and bool(torch.isfinite(program.student(x)).all())
 

@@ -7,6 +7,8 @@ from anncvt.images import Images
 from anncvt.loading import load
 from anncvt.passes.calibrate import CalibrationConfig, calibrate
 from anncvt.passes.choice import Choice
+from anncvt.passes.fit_blocks import BlockFit
+from anncvt.passes.fit_jointly import JointFit
 from anncvt.passes.fit_layers import LayerFit
 from anncvt.passes.pipeline import PIPELINE, apply
 from anncvt.passes.plan import plan
@@ -17,7 +19,7 @@ def test_graphs_are_written_before_and_after_each_pass(tmp_path):
     program = apply(plan, load(Residual(), input_size=8), Choice(keep=("conv1",)), to=tmp_path)
     program = apply(rewrite, program, to=tmp_path)
     images = Images(torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8), None, None, "noise")
-    config = CalibrationConfig(LayerFit(steps=2), joint_steps=1, batch_size=4)
+    config = CalibrationConfig(LayerFit(steps=2), BlockFit(steps=1), JointFit(steps=1, batch_size=4))
     program = apply(calibrate, program, images, to=tmp_path, config=config)
     names = [f"{at}-{step.__name__}.{when}.txt" for at, step in enumerate(PIPELINE, 1) for when in ("after", "before")]
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names)

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch.nn.functional as F
 from networks import Auxiliary, Awkward, DeformConv2d, Mobile, Residual
-from recorder import Notes
+from recorder import Recorder
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -155,12 +155,12 @@ def test_networks_with_nothing_to_swap_are_refused():
 
 def test_a_network_that_gains_little_is_told_so():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(144, 500))
-    notes = Notes()
+    notes = Recorder()
     plan(load(network, input_size=8), progress=notes)
-    assert len(notes.lines) == 1 and "Linear" in notes.lines[0]
-    notes = Notes()
+    assert len(notes.notes) == 1 and "Linear" in notes.notes[0]
+    notes = Recorder()
     plan(load(Residual(), input_size=8), progress=notes)
-    assert notes.lines == []
+    assert notes.notes == []
 
 
 def test_the_program_passed_in_stays_as_it_was():

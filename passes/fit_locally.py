@@ -1,0 +1,166 @@
+"""First stage of calibration: layer by layer and block by block, against the teacher's values at the same places."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from anncvt.passes.blocks import Block, find_blocks, shapes_of
+from anncvt.passes.examples import POSITIONS
+from anncvt.passes.fit_blocks import BlockFit, fit_block
+from anncvt.passes.fit_layers import LayerFit, fit_layers, step_cost
+from anncvt.passes.pairing import Pair
+from anncvt.passes.schedule import Shares
+from anncvt.passes.walk import Mark, Walk
+from anncvt.progress import SILENT, Progress
+
+#: Of the memory, the share that goes to the walk, to a layer's windows, and (both copies) to a block's ends.
+SHARE = 4
+#: Images for a layer or block, at least (if there are so many).
+IMAGES = 256
+
+
+class LocalFit:
+    """Fits what the graph reaches; ``layers`` and ``blocks`` say what is done and may come from an earlier run.
+
+    Args:
+        teacher, student: in eval mode.
+        order: indices of the images, shuffled; where memory is short, the first of them serve.
+        batch: images of some indices, as the networks take them.
+        memory: bytes for activations.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        teacher: nn.Module,
+        student: nn.Module,
+        paired: Sequence[Pair],
+        order: Tensor,
+        batch: Callable[[Tensor], Tensor],
+        memory: int,
+        layer: LayerFit,
+        block: BlockFit,
+    ) -> None:
+        self.graph, self.student, self.layer, self.block = graph, student, layer, block
+        shapes = shapes_of(graph, teacher, batch(order[:1]))
+        reached = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+        self.paired = [pair for pair in paired if pair.name in reached]
+        self.blocks_found = find_blocks(graph, self.paired, shapes, block.layers)
+        self.pixels = {str(node.target): math.prod(shape[2:]) for node, shape in shapes.items()}
+        self.order = order[: _images(self.blocks_found, shapes, len(order), memory)]
+        chunk = max(2, min(256, memory // (16 * 4 * max(map(math.prod, shapes.values())))))
+        self.parts = self.order.split(chunk)
+        chunks = [functools.partial(batch, part) for part in self.parts]
+        self.walk = Walk(graph, teacher, student, chunks, memory // SHARE)
+        self.layers: dict[str, dict[str, Any]] = {}
+        self.blocks: list[dict[str, Any]] = []
+
+    def run(
+        self,
+        generator: torch.Generator,
+        deadline: float | None,
+        shares: tuple[float, float],
+        on_done: Callable[[], None] = lambda: None,
+        progress: Progress = SILENT,
+    ) -> None:
+        """Do what is not done yet.
+
+        Args:
+            generator: of the order of the images.
+            deadline: on the monotonic clock, ``None``: the numbers of steps are those configured.
+            shares: weights of all layers and of all blocks in the time there is.
+            on_done: called after every layer and block.
+        """
+        clock = Shares(self._weights(*shares), deadline)
+        blocks = self.blocks_found
+        inside = {pair.name for block in blocks for pair in block.paired}
+        total = len(self.paired) + len(blocks)
+        with progress.task("fit layers and blocks", total) as task:
+            task.advance(len(self.layers) + len(self.blocks))
+            for at, block in enumerate(blocks):
+                if at < len(self.blocks):
+                    continue
+                count = max(self._chunks(pair.name) for pair in block.paired)
+                for _ in self.walk.after(block.start, count):
+                    pass
+                mark = self.walk.mark()
+                self._layers(list(block.paired), clock, generator, on_done, task)
+                self._block(f"block {at + 1}", block, mark, clock, generator, task)
+                on_done()
+            self._layers([pair for pair in self.paired if pair.name not in inside], clock, generator, on_done, task)
+
+    def _layers(self, paired: list[Pair], clock: Shares, generator: torch.Generator, on_done: Any, task: Any) -> None:
+        todo = [pair for pair in paired if pair.name not in self.layers]
+        results = fit_layers(
+            self.walk,
+            self.graph,
+            todo,
+            self._chunks,
+            [len(part) for part in self.parts],
+            self.layer,
+            generator,
+            clock.take,
+            lambda name, r2: task.advance(0, layer=name, r2=r2),
+        )
+        for name, result in results:
+            self.layers[name] = asdict(result)
+            task.advance(1, layer=name, r2=result.r2)
+            on_done()
+
+    def _block(self, name: str, block: Block, mark: Mark, clock: Shares, generator: torch.Generator, task: Any) -> None:
+        seconds = clock.take(name)
+        begin = time.monotonic()
+        if self.block.steps:
+            count = max(self._chunks(pair.name) for pair in block.paired)
+            targets = torch.cat([teacher[block.end] for teacher, _ in self.walk.after(block.end, count)])
+            self.walk.rewind(mark)
+            inputs = torch.cat([student[block.start] for _, student in self.walk.after(block.start, count)])
+            result = fit_block(
+                block,
+                self.student,
+                self.graph,
+                inputs,
+                targets,
+                self.block,
+                max(self.pixels[pair.name] for pair in block.paired),
+                generator,
+                None if seconds is None else seconds - (time.monotonic() - begin),
+                lambda r2: task.advance(0, layer=name, r2=r2),
+            )
+            self.blocks.append({"layers": [pair.name for pair in block.paired], **asdict(result)})
+            task.advance(1, layer=name, r2=result.r2)
+        else:
+            self.blocks.append({"layers": [pair.name for pair in block.paired], "steps": 0})
+            task.advance(1)
+
+    def _chunks(self, name: str) -> int:
+        """How many chunks a layer is fitted on: a few images of large maps say as much as many of small ones."""
+        images = max(IMAGES, POSITIONS // self.pixels[name])
+        return min(len(self.parts), math.ceil(images / len(self.parts[0])))
+
+    def _weights(self, layers: float, blocks: float) -> dict[str, float]:
+        """Of every layer and block that is to be done: what a step of it costs."""
+        of_layers = {pair.name: step_cost(pair) for pair in self.paired}
+        of_blocks = {}
+        for at, block in enumerate(self.blocks_found):
+            size = self.block.images(max(self.pixels[pair.name] for pair in block.paired))
+            cost = sum(self.pixels[pair.name] * step_cost(pair) for pair in block.paired)
+            of_blocks[f"block {at + 1}"] = size * cost
+        weights = {name: layers * cost / sum(of_layers.values()) for name, cost in of_layers.items()}
+        weights |= {name: blocks * cost / sum(of_blocks.values()) for name, cost in of_blocks.items()}
+        done = {*self.layers, *(f"block {at + 1}" for at in range(len(self.blocks)))}
+        return {name: weight for name, weight in weights.items() if name not in done}
+
+
+def _images(blocks: list[Block], shapes: dict[fx.Node, tuple[int, ...]], images: int, memory: int) -> int:
+    """How many images' block ends fit: the student's and the teacher's input, and the target, each twice at a time."""
+    ends = [math.prod(shapes[block.start]) + math.prod(shapes[block.end]) for block in blocks]
+    return max(2, min(images, memory // (2 * 2 * 4 * max(ends, default=1))))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         export,
         load,
         plan,
+        quantize,
         run,
     )
     from anncvt.errors import AnncvtError
@@ -38,6 +39,7 @@ __all__ = [
     "export",
     "load",
     "plan",
+    "quantize",
     "run",
 ]
 

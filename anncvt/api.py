@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from anncvt import pipeline
 from anncvt.errors import AnncvtError
-from anncvt.measure import DataChoice, accuracy, accuracy_on, chosen, gate, remember, require_parity
+from anncvt.measure import DataChoice, accuracy, chosen, gate, remember, require_parity
 from anncvt.program import Program
 from anncvt.progress import SILENT, Progress
 
@@ -34,6 +34,7 @@ __all__ = [
     "gate",
     "load",
     "plan",
+    "quantize",
     "require_parity",
     "run",
 ]
@@ -218,6 +219,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Top-1 and top-5 accuracy, ``{"student": {"top1", "top5"}, "teacher": {...}, "images", "data"}`` in percent.
 
+    With "integer" where the folder holds an integer network.
+
     Args:
         data: DATA with labels; default: that of the conversion.
         split: "test" or "train".
@@ -231,7 +234,40 @@ def evaluate(
     images = chosen(program, _choice(data)).open(
         "train" if split == "train" else "test", program.preprocess, progress=progress
     )
-    return accuracy_on(program, images, batch_size=batch_size, progress=progress)
+    from anncvt.quantization import evaluate_all
+
+    return evaluate_all(program, images, batch_size=batch_size, progress=progress)
+
+
+def quantize(
+    program: Program | str | Path,
+    calibrate: DataChoice | str | None = None,
+    *,
+    bits: int = 8,
+    groups: int = 1,
+    range: str = "mse",
+    power_of_two: bool = False,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Make the integer network of a program folder, ``integer.json`` and ``integer.safetensors`` in it.
+
+    Args:
+        calibrate: DATA to choose ranges on, unlabelled; default: that of the conversion.
+        bits, groups, range, power_of_two: see :class:`anncvt.passes.quantize.QuantizeConfig`.
+
+    Returns:
+        See :func:`anncvt.quantization.quantize_folder`.
+
+    Raises:
+        AnncvtError: nothing converted yet, no data, or an operator that integer networks do not have.
+    """
+    from anncvt.passes.quantize import QuantizeConfig
+    from anncvt.quantization import quantize_folder
+
+    program = _opened(program, progress)
+    choice = chosen(program, _choice(calibrate))
+    config = QuantizeConfig(bits=bits, groups=groups, range=range, power_of_two=power_of_two)
+    return quantize_folder(program, choice, config, progress=progress)
 
 
 def export(

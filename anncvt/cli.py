@@ -132,6 +132,39 @@ def evaluate(model: str, split: str, batch_size: int, max_drop: float | None, **
         api.gate(measured, max_drop)
 
 
+@cli.command(epilog="Example: anncvt quantize net.ann --calibrate folder:photos --bits 6")
+@click.argument("folder", type=click.Path())
+@click.option(
+    "--calibrate", "data", metavar="DATA", help="Images to choose ranges on, unlabelled.  [default: of the conversion]"
+)
+@click.option(
+    "--bits", type=click.Choice(["8", "6", "5", "4"]), default="8", show_default=True, help="Of adder layers."
+)
+@click.option("--groups", type=click.IntRange(1), default=1, show_default=True, help="Filter groups of a layer.")
+@click.option(
+    "--range",
+    type=click.Choice(["percentile", "mse", "entropy"]),
+    default="mse",
+    show_default=True,
+    help="How ranges are chosen.",
+)
+@click.option("--power-of-two", is_flag=True, help="Scales are powers of two.")
+@options.reading
+@options.threads
+@options.common
+def quantize(folder: str, bits: str, **rest: Any) -> None:
+    """Make an integer network of an adder network.
+
+    It is written into the folder; evaluate shows its accuracy beside the others.
+    """
+    from anncvt import api, report
+
+    with working() as progress:
+        result = api.quantize(folder, _data(rest), bits=int(bits), **rest, progress=progress)
+    measured = result["accuracy"]
+    answer(result, report.integers(result), *([report.accuracy(measured)] if measured else []))
+
+
 @cli.command(epilog="Example: anncvt export net.ann")
 @click.argument("folder", type=click.Path())
 @click.option("-o", "--output", type=click.Path(), help="The file to write.  [default: FOLDER/model.onnx]")

@@ -36,9 +36,9 @@ CALIBRATION_IMAGES = 5000
 #: Test images that accuracy is measured on between stages, unless a limit says otherwise.
 EVALUATION_IMAGES = 10_000
 #: What a conversion or a command on its folder leaves there besides the program itself.
-PRODUCTS = ("train", "model.onnx", "model.so", "report.html")
+PRODUCTS = ("train", "model.onnx", "model.so", *folder.INTEGER, "report.html")
 #: Of these, what no longer fits when the adder network has changed.
-MADE_FROM_STUDENT = ("model.onnx", "model.so", "report.html")
+MADE_FROM_STUDENT = ("model.onnx", "model.so", *folder.INTEGER, "report.html")
 
 
 def open_model(

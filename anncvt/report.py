@@ -14,17 +14,18 @@ from anncvt.measure import accuracy as measured_accuracy
 from anncvt.pipeline import PRODUCTS
 from anncvt.program import Plan, Program
 
-ROLES = {"teacher": "teacher (CNN)", "student": "student (adders)"}
+ROLES = {"teacher": "teacher (CNN)", "student": "student (adders)", "integer": "integers"}
 
 
 def accuracy(measured: dict[str, Any]) -> RenderableType:
     """What :func:`anncvt.evaluate` returns."""
     table = _table("network", top1="top-1 %", top5="top-5 %", drop="drop")
-    for role in ("teacher", "student"):
+    for role in ROLES:
         if role in measured:
             drop = measured["teacher"]["top1"] - measured[role]["top1"]
             shown = "" if role == "teacher" else f"{drop:.2f}"
-            table.add_row(ROLES[role], f"{measured[role]['top1']:.2f}", f"{measured[role]['top5']:.2f}", shown)
+            name = f"{ROLES[role]}, {measured[role]['bits']} bits" if role == "integer" else ROLES[role]
+            table.add_row(name, f"{measured[role]['top1']:.2f}", f"{measured[role]['top5']:.2f}", shown)
     return Group(table, f"{measured['images']} images of {escape(measured['data'])}")
 
 
@@ -59,6 +60,22 @@ def parity(result: dict[str, Any]) -> RenderableType:
         table.add_row(name, f"{row['max_abs']:.2e}", f"{row['max_rel']:.2e}", f"{row['top1_agreement']:.2f}")
     verdict = "[green]equal to torch[/]" if result["ok"] else "[red]NOT equal to torch[/]"
     return Group(table, f"{verdict} on {result['images']} images of {escape(result['data'])}{_missing(result)}")
+
+
+def integers(result: dict[str, Any]) -> RenderableType:
+    """What :func:`anncvt.quantize` returns, without the accuracy."""
+    table = _table("layer", op=False, output=False, scale="scale", zero="zero", bits="bits", width="accumulator bits")
+    for row in result["layers"]:
+        table.add_row(
+            escape(row["name"]),
+            row["op"],
+            "x".join(map(str, row["shape"])),
+            f"{row['scale']:.4g}",
+            str(row["zero"]),
+            str(row["bits"]),
+            str(row.get("accumulator_bits", "")),
+        )
+    return table
 
 
 def latency(result: dict[str, Any]) -> RenderableType:

@@ -49,7 +49,7 @@ class Walk:
             return [chunk.clone(memory_format=torch.preserve_format) for chunk in self.images]
         results = []
         for at in range(len(self.images)):
-            results.append(_execute(node, network, {source: values[source][at] for source in node.all_input_nodes}))
+            results.append(execute(node, network, {source: values[source][at] for source in node.all_input_nodes}))
         return results
 
 
@@ -58,7 +58,8 @@ def reader(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _execute(node: fx.Node, network: nn.Module, inputs: dict[fx.Node, Any]) -> Any:
+def execute(node: fx.Node, network: nn.Module, inputs: dict[fx.Node, Any]) -> Any:
+    """What ``node`` computes in ``network`` from the values of the nodes it reads."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), inputs.__getitem__)
     if node.op == "call_module":
         return network.get_submodule(str(node.target))(*args, **kwargs)

@@ -1,0 +1,52 @@
+import json
+
+import pytest
+
+import anncvt
+from anncvt.cli import cli
+from anncvt.errors import AnncvtError
+from anncvt.measure import DataChoice
+from anncvt.runtime import integer_network
+
+
+def test_quantize_keeps_measures_and_remembers(converted):
+    result = anncvt.quantize(converted, DataChoice("digits", limit=64), bits=6)
+    assert result["settings"]["bits"] == 6 and result["accuracy"]["integer"]["bits"] == 6
+    difference = result["accuracy"]["integer"]["top1"] - result["accuracy"]["student"]["top1"]
+    assert abs(difference) <= 10
+    network = integer_network.load(converted)
+    assert len(network.steps) == len(result["layers"])
+    record = anncvt.load(converted).history[-1]
+    assert record.stage == "quantized" and record.metrics["bits"] == 6
+    again = anncvt.evaluate(converted, DataChoice("digits", limit=64))
+    assert again["integer"] == result["accuracy"]["integer"]
+
+
+def test_other_bits_replace_the_integers(converted):
+    for bits in (8, 4):
+        anncvt.quantize(converted, DataChoice("digits", limit=32), bits=bits)
+        assert integer_network.load(converted).settings["bits"] == bits
+
+
+def test_distilling_further_drops_the_integers(converted):
+    anncvt.quantize(converted, DataChoice("digits", limit=32))
+    anncvt.distill(converted, DataChoice("digits", limit=64), epochs=1, batch_size=32)
+    assert not integer_network.exists(converted)
+
+
+def test_a_program_without_a_folder_is_told(converted):
+    program = anncvt.load(converted)
+    program.folder = None
+    with pytest.raises(AnncvtError, match="no folder"):
+        anncvt.quantize(program, "digits")
+
+
+def test_the_verb_shows_layers_and_accuracy(converted):
+    from click.testing import CliRunner
+
+    arguments = ["quantize", str(converted), "--limit", "32", "--bits", "4", "--groups", "2", "--range", "percentile"]
+    shown = CliRunner().invoke(cli, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "integers, 4 bits" in shown.output and "accumulator bits" in shown.output
+    told = CliRunner().invoke(cli, ["evaluate", str(converted), "--limit", "32", "--json"])
+    assert json.loads(told.stdout)["integer"]["bits"] == 4

@@ -31,6 +31,7 @@ __all__ = [
     "distill",
     "evaluate",
     "export",
+    "export_hardware",
     "gate",
     "load",
     "plan",
@@ -39,7 +40,7 @@ __all__ = [
     "run",
 ]
 
-ONNX, LIBRARY = "model.onnx", "model.so"
+ONNX, LIBRARY, HARDWARE = "model.onnx", "model.so", "hardware"
 #: Images that ``check`` compares the backends on.
 CHECK_IMAGES = 1000
 
@@ -282,6 +283,36 @@ def export(
 
     program = _opened(program, progress)
     return onnx.export(program, _beside(program, path, ONNX), opset=opset, progress=progress)
+
+
+def export_hardware(
+    program: Program | str | Path,
+    path: str | Path | None = None,
+    data: DataChoice | str | None = None,
+    *,
+    golden: int = 2,
+    progress: Progress = SILENT,
+) -> Path:
+    """Write the integer network as a package for hardware, to ``hardware`` in its folder unless ``path`` says else.
+
+    Args:
+        data: images for golden vectors; default: the test images of the conversion.
+        golden: how many.
+
+    Raises:
+        AnncvtError: not quantized yet, no data, or ``path`` is something else or cannot be written.
+    """
+    from anncvt.runtime import hardware, integer_network
+
+    program = _opened(program, progress)
+    target = _beside(program, path, HARDWARE)
+    network = integer_network.load(program.folder or "")
+    images = chosen(program, _choice(data), "synthetic").open(
+        "test", program.preprocess, at_most=golden, labelled=False, progress=progress
+    )
+    about = {"model": program.source.name, "arch": program.source.arch, "classes": program.classes}
+    pixels = images.pixels[:golden].numpy()
+    return hardware.export(network, target, pixels, about=about, progress=progress)
 
 
 def compile(

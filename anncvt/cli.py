@@ -167,16 +167,28 @@ def quantize(folder: str, bits: str, **rest: Any) -> None:
 
 @cli.command(epilog="Example: anncvt export net.ann")
 @click.argument("folder", type=click.Path())
-@click.option("-o", "--output", type=click.Path(), help="The file to write.  [default: FOLDER/model.onnx]")
+@click.option("-o", "--output", type=click.Path(), help="Where to.  [default: FOLDER/model.onnx or FOLDER/hardware]")
 @click.option("--opset", type=int, default=18, show_default=True, help="ONNX operator set.")
+@click.option("--format", "form", type=click.Choice(["onnx", "hardware"]), default="onnx", show_default=True)
+@click.option("--golden", type=click.IntRange(1), default=2, show_default=True, help="hardware: images to trace.")
+@click.option("--data", metavar="DATA", help="hardware: these images.  [default: test images of the conversion]")
+@options.reading
 @options.common
-def export(folder: str, output: str | None, opset: int) -> None:
-    """Write an adder network as ONNX, for any onnxruntime."""
+def export(folder: str, output: str | None, opset: int, form: str, golden: int, **rest: Any) -> None:
+    """Write an adder network as ONNX, or its integers for hardware.
+
+    onnx runs in any onnxruntime. hardware is a folder of integer weights and golden vectors, of what quantize made.
+    """
     from anncvt import api
 
     with working() as progress:
-        path = api.export(folder, output, opset=opset, progress=progress)
-    answer(_file(path), f"wrote {path}")
+        if form == "onnx":
+            path = api.export(folder, output, opset=opset, progress=progress)
+            answer(_file(path), f"wrote {path}")
+        else:
+            path = api.export_hardware(folder, output, _data(rest), golden=golden, progress=progress)
+            files = sorted(str(part.relative_to(path)) for part in path.rglob("*") if part.is_file())
+            answer({"path": str(path), "files": files}, f"wrote {path}, {len(files)} files; see {path}/SEMANTICS.md")
 
 
 @cli.command("compile", epilog="Example: anncvt compile net.ann --target avx2")

@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 CALIBRATION_IMAGES = 5000
 #: Test images that accuracy is measured on between stages, unless a limit says otherwise.
 EVALUATION_IMAGES = 10_000
+#: What no longer fits when the adder network has changed.
+MADE_FROM_STUDENT = ("model.onnx", "model.so", *folder.INTEGER, "hardware", "report.html")
 #: What a conversion or a command on its folder leaves there besides the program itself.
-PRODUCTS = ("train", "model.onnx", "model.so", *folder.INTEGER, "report.html")
-#: Of these, what no longer fits when the adder network has changed.
-MADE_FROM_STUDENT = ("model.onnx", "model.so", *folder.INTEGER, "report.html")
+PRODUCTS = ("train", *MADE_FROM_STUDENT)
 
 
 def open_model(
@@ -141,7 +141,7 @@ def distil(
     discard_checkpoint(output)
     for name in MADE_FROM_STUDENT:
         if (output / name).exists():
-            (output / name).unlink()
+            _remove(output / name)
             progress.note(f"{name} was that of the network before and is removed")
     return program
 
@@ -234,11 +234,15 @@ def _check_free(output: Path, resume: bool, force: bool) -> None:
 def _clear(output: Path) -> None:
     """Remove what was made from the program that is about to be replaced."""
     for name in PRODUCTS:
-        product = output / name
-        if product.is_dir():
-            shutil.rmtree(product)
-        else:
-            product.unlink(missing_ok=True)
+        _remove(output / name)
+
+
+def _remove(product: Path) -> None:
+    """A file or a folder, if it is there."""
+    if product.is_dir():
+        shutil.rmtree(product)
+    else:
+        product.unlink(missing_ok=True)
 
 
 def _take_native_size(program: Program, data: DataChoice, progress: Progress) -> None:

@@ -242,6 +242,7 @@ class _Quantizer:
             weight=integers.to(torch.uint8).numpy(),
             filter_group=members.to(torch.uint8).numpy(),
             pad_values=tuple(grid.zero for grid in grids),
+            clamp=(constant / scale.flatten()).float().numpy(),
         )
         return step, _Line(piece.scale * scale.flatten(), piece.shift + piece.scale * constant)
 

@@ -110,6 +110,9 @@ class Step:
     epilogue: Epilogue | None = None
     residual: str | None = None
     channels: tuple[int, int] = (0, 0)  # op "pad": channels before and behind
+    clamp: Array | None = (
+        None  # [O] float32, adder: what clamping the weights left, in accumulators; in the bias already
+    )
 
 
 #: adder, convolution: see there. sum_pool: sums over windows. rescale: the input itself. These four have an epilogue.

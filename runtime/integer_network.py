@@ -173,10 +173,10 @@ def describe(network: IntegerNetwork) -> dict[str, Any]:
 
 
 def arrays(network: IntegerNetwork) -> dict[str, Array]:
-    """Every array by name: ``NAME/weight``, ``NAME/filter_group``, ``NAME/multiplier``, ``NAME/bias``, ``table``."""
+    """Every array by name: ``table``, ``NAME/weight``, ``/filter_group``, ``/clamp``, ``/multiplier``, ``/bias``."""
     found = {"table": network.table}
     for step in network.steps:
-        parts: dict[str, Array | None] = {"weight": step.weight, "filter_group": step.filter_group}
+        parts = {"weight": step.weight, "filter_group": step.filter_group, "clamp": step.clamp}
         if step.epilogue is not None:
             parts |= {"multiplier": step.epilogue.multiplier, "bias": step.epilogue.bias}
         found |= {f"{step.name}/{part}": value for part, value in parts.items() if value is not None}
@@ -264,4 +264,5 @@ def _step(row: dict[str, Any], table: dict[str, Array]) -> Step:
         epilogue,
         row["residual"],
         tuple(row["channels"]),
+        table.get(f"{name}/clamp"),
     )

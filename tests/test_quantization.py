@@ -50,3 +50,17 @@ def test_the_verb_shows_layers_and_accuracy(converted):
     assert "integers, 4 bits" in shown.output and "accumulator bits" in shown.output
     told = CliRunner().invoke(cli, ["evaluate", str(converted), "--limit", "32", "--json"])
     assert json.loads(told.stdout)["integer"]["bits"] == 4
+
+
+def test_the_package_for_hardware(converted, tmp_path):
+    from click.testing import CliRunner
+
+    out = tmp_path / "out"
+    arguments = ["export", str(converted), "--format", "hardware", "-o", str(out), "--golden", "1", "--json"]
+    refused = CliRunner().invoke(cli, arguments)
+    assert refused.exit_code == 1 and "anncvt quantize" in refused.stderr
+    anncvt.quantize(converted, DataChoice("digits", limit=32))
+    shown = CliRunner().invoke(cli, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "reference.c" in json.loads(shown.stdout)["files"]
+    assert json.loads((out / "manifest.json").read_text())["images"] == 1

@@ -2,6 +2,8 @@
 //
 // acc = -sum |x - w|; t = acc * multiplier + bias + r * residual_multiplier; y = clamp((t + 2^(shift-1)) >>> shift).
 
+`timescale 1ns / 1ns
+
 // |a - b| of unsigned numbers.
 module absolute_difference #(parameter BITS = 8) (
     input [BITS-1:0] a,

@@ -36,11 +36,12 @@ __all__ = [
     "load",
     "plan",
     "quantize",
+    "report",
     "require_parity",
     "run",
 ]
 
-ONNX, LIBRARY, HARDWARE = "model.onnx", "model.so", "hardware"
+ONNX, LIBRARY, HARDWARE, REPORT = "model.onnx", "model.so", "hardware", "report.html"
 #: Images that ``check`` compares the backends on.
 CHECK_IMAGES = 1000
 
@@ -404,11 +405,46 @@ def bench(
     Raises:
         AnncvtError: nothing converted yet, or a file in the folder cannot be run.
     """
+    from anncvt.facts import keep_bench
     from anncvt.runtime.bench import bench as bench_backends
 
-    return bench_backends(
-        _opened(program, progress), batch=batch, threads=threads, repeats=repeats, seconds=seconds, progress=progress
-    )
+    program = _opened(program, progress)
+    result = bench_backends(program, batch=batch, threads=threads, repeats=repeats, seconds=seconds, progress=progress)
+    keep_bench(program, result)
+    return result
+
+
+def report(
+    program: Program | str | Path,
+    path: str | Path | None = None,
+    data: DataChoice | str | None = None,
+    *,
+    energy_table: str | Path | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Write a report as one HTML file, to ``report.html`` in the folder unless ``path`` says else.
+
+    Args:
+        data: images to look at; default: those of the conversion.
+        energy_table: a TOML file of energies, see :func:`anncvt.energy.load_table`.
+
+    Returns:
+        What it shows, see :func:`anncvt.facts.gather`, and its "path".
+
+    Raises:
+        AnncvtError: the table or ``data`` cannot be read, or ``path`` not be written.
+    """
+    from anncvt.energy import HOROWITZ_45NM, load_table
+    from anncvt.facts import gather
+    from anncvt.files import write_text
+    from anncvt.page import page
+
+    program = _opened(program, progress)
+    target = _beside(program, path, REPORT)
+    table = HOROWITZ_45NM if energy_table is None else load_table(energy_table)
+    facts = gather(program, _choice(data), table=table, progress=progress)
+    write_text(target, page(facts))
+    return {**facts, "path": str(target)}
 
 
 def _opened(program: Program | str | Path, progress: Progress) -> Program:

@@ -265,18 +265,27 @@ def bench(folder: str, batch: int, repeats: int, budget: float) -> None:
 
 @cli.command(epilog="Example: anncvt report net.ann")
 @click.argument("folder", type=click.Path())
+@click.option("-o", "--output", type=click.Path(), help="The HTML file to write.  [default: FOLDER/report.html]")
+@click.option("--energy-table", type=click.Path(), metavar="FILE", help="Energies, as TOML.  [default: 45 nm]")
+@click.option("--data", metavar="DATA", help="Images to look at.  [default: test images of the conversion]")
+@options.reading
+@options.threads
 @options.common
-def report(folder: str) -> None:
-    """Show what is in a folder.
+def report(folder: str, output: str | None, energy_table: str | None, **rest: Any) -> None:
+    """Show what is in a folder, as tables and as a web page.
 
-    Where it came from, what was done, what it reached, how large it is.
+    Where it came from, what was done, what it reached, how its layers do, what they would cost in hardware. The page is
+    one file that needs no network.
     """
     from anncvt import api
     from anncvt import report as tables
 
     with working() as progress:
-        facts = tables.summary(api.load(folder, progress=progress))
-    answer(facts, tables.program(facts))
+        facts = api.report(folder, output, _data(rest), energy_table=energy_table, progress=progress)
+    shown = [tables.program(facts)]
+    if facts["plan"]:
+        shown += [tables.layers(facts), tables.energy(facts["costs"])]
+    answer(facts, *shown, f"wrote {facts['path']}")
 
 
 LOADING = ("arch", "arch_args", "input_size", "mean", "std", "trust_pickle")

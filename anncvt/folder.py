@@ -164,7 +164,18 @@ def _load(network: nn.Module, file: Path) -> None:
 
 def _foreign(folder: Path) -> bool:
     """Whether a folder holds anything but what this package writes beside a program."""
-    own = {"train", "model.onnx", "model.so", "report.html", "hardware", *INTEGER, RECIPE, TEACHER, STUDENT}
+    own = {
+        "train",
+        "model.onnx",
+        "model.so",
+        "report.html",
+        "hardware",
+        "bench.json",
+        *INTEGER,
+        RECIPE,
+        TEACHER,
+        STUDENT,
+    }
     return any(entry.name not in own and not entry.name.startswith(".") for entry in folder.iterdir())
 
 

@@ -36,7 +36,7 @@ CALIBRATION_IMAGES = 5000
 #: Test images that accuracy is measured on between stages, unless a limit says otherwise.
 EVALUATION_IMAGES = 10_000
 #: What no longer fits when the adder network has changed.
-MADE_FROM_STUDENT = ("model.onnx", "model.so", *folder.INTEGER, "hardware", "report.html")
+MADE_FROM_STUDENT = ("model.onnx", "model.so", *folder.INTEGER, "hardware", "bench.json", "report.html")
 #: What a conversion or a command on its folder leaves there besides the program itself.
 PRODUCTS = ("train", *MADE_FROM_STUDENT)
 

@@ -14,6 +14,8 @@ from anncvt.measure import accuracy as measured_accuracy
 from anncvt.pipeline import PRODUCTS
 from anncvt.program import Plan, Program
 
+#: Names of :data:`anncvt.cost.NETWORKS` whose numbers are of one width.
+COSTED = {"cnn-fp32": "CNN, 32-bit floats", "adders-fp32": "adders, 32-bit floats", "cnn-int8": "CNN, 8-bit integers"}
 ROLES = {"teacher": "teacher (CNN)", "student": "student (adders)", "integer": "integers"}
 
 
@@ -150,6 +152,41 @@ def program(facts: dict[str, Any]) -> RenderableType:
     if facts["accuracy"]:
         parts.insert(1, accuracy(facts["accuracy"]))
     return Group(*parts)
+
+
+def layers(facts: dict[str, Any]) -> RenderableType:
+    """Every layer of a :func:`anncvt.facts.gather`: how it does, and its arithmetic in hardware."""
+    table = _table("layer", kind=False, r2="R^2", error="error", weights=False, cnn="CNN int8 uJ", adders="integers uJ")
+    inspected = {row["name"]: row for row in facts["layers"]["layers"]}
+    networks = facts["costs"]["networks"]
+    for cnn, adders in zip(networks["cnn-int8"]["layers"], networks["adders-int"]["layers"], strict=True):
+        row = inspected.get(cnn["name"], {})
+        weights = row.get("weights")
+        table.add_row(
+            escape(cnn["name"]),
+            adders["kind"],
+            *(f"{row[key]:.3f}" if key in row else "" for key in ("r2", "error")),
+            "" if not weights else "Laplace" if weights["laplace"] > weights["gaussian"] else "Gaussian",
+            f"{cnn['compute_uj']:.3g}",
+            f"{adders['compute_uj']:.3g}",
+        )
+    return table
+
+
+def energy(found: dict[str, Any]) -> RenderableType:
+    """What :func:`anncvt.cost.costs` returns."""
+    columns = {"adds": "adds", "muls": "multiplies", "shifts": "shifts", "moved": "bytes moved"}
+    table = _table("an image in hardware", **columns, compute="arithmetic uJ", memory="memory uJ")
+    for name, row in found["networks"].items():
+        table.add_row(
+            f"adders, {found['bits']}-bit integers" if name == "adders-int" else COSTED[name],
+            *(count(row[key]) for key in ("adds", "multiplies", "shifts")),
+            count(row["weight_bytes"] + row["activation_bytes"]),
+            f"{row['compute_uj']:.3g}",
+            f"{row['memory_uj']:.3g}",
+        )
+    source = f"{found['table']['name']}: {found['table']['citation']}. Not the energy of a CPU or a GPU."
+    return Group(table, escape(source))
 
 
 def count(number: float) -> str:

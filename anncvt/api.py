@@ -249,6 +249,12 @@ def quantize(
     groups: int = 1,
     range: str = "mse",
     power_of_two: bool = False,
+    qat: bool = False,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    config: DistillConfig | None = None,
+    seed: int = 0,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Make the integer network of a program folder, ``integer.json`` and ``integer.safetensors`` in it.
@@ -256,6 +262,8 @@ def quantize(
     Args:
         calibrate: DATA to choose ranges on, unlabelled; default: that of the conversion.
         bits, groups, range, power_of_two: see :class:`anncvt.passes.quantize.QuantizeConfig`.
+        qat: before, distil the adder network on the grids of its integers (quantization-aware), on labelled images.
+        epochs, batch_size, lr, config, seed: of that distillation, see :func:`convert`.
 
     Returns:
         See :func:`anncvt.quantization.quantize_folder`.
@@ -268,8 +276,9 @@ def quantize(
 
     program = _opened(program, progress)
     choice = chosen(program, _choice(calibrate))
-    config = QuantizeConfig(bits=bits, groups=groups, range=range, power_of_two=power_of_two)
-    return quantize_folder(program, choice, config, progress=progress)
+    settings = QuantizeConfig(bits=bits, groups=groups, range=range, power_of_two=power_of_two)
+    training = _distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr) if qat else None
+    return quantize_folder(program, choice, settings, training=training, progress=progress)
 
 
 def export(

@@ -149,7 +149,9 @@ def evaluate(model: str, split: str, batch_size: int, max_drop: float | None, **
     help="How ranges are chosen.",
 )
 @click.option("--power-of-two", is_flag=True, help="Scales are powers of two.")
+@click.option("--qat", is_flag=True, help="Distil the adder network on its integers' grids before; takes labels.")
 @options.reading
+@options.training
 @options.threads
 @options.common
 def quantize(folder: str, bits: str, **rest: Any) -> None:
@@ -159,8 +161,12 @@ def quantize(folder: str, bits: str, **rest: Any) -> None:
     """
     from anncvt import api, report
 
+    training = [name for name in ("epochs", "batch_size", "lr") if rest[name] is not None]
+    if training and not rest["qat"]:
+        raise click.UsageError(f"--{training[0].replace('_', '-')} is for the training of --qat.")
+    seed = rest["seed"]
     with working() as progress:
-        result = api.quantize(folder, _data(rest), bits=int(bits), **rest, progress=progress)
+        result = api.quantize(folder, _data(rest), bits=int(bits), seed=seed, **rest, progress=progress)
     measured = result["accuracy"]
     answer(result, report.integers(result), *([report.accuracy(measured)] if measured else []))
 

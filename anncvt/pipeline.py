@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -16,6 +17,7 @@ from anncvt.checkpoint import sha256
 from anncvt.data import Images, native_size
 from anncvt.errors import AnncvtError
 from anncvt.evaluation import evaluate
+from anncvt.fake_quant import fake_quantised
 from anncvt.loading import load
 from anncvt.measure import DataChoice, accuracy, accuracy_on, remember
 from anncvt.passes.calibrate import calibrate
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from anncvt.pkkd import DistillConfig
+    from anncvt.runtime.integer_network import IntegerNetwork
 
 #: Calibration images, unless a limit says otherwise: more change little.
 CALIBRATION_IMAGES = 5000
@@ -127,16 +130,23 @@ def distil(
     config: DistillConfig,
     *,
     resume: bool,
+    integers: IntegerNetwork | None = None,
     progress: Progress,
 ) -> Program:
-    """Distil, measure, save."""
+    """Distil, measure, save.
+
+    Args:
+        integers: train for these: the student computes on their grids meanwhile.
+    """
     from anncvt.pkkd import discard_checkpoint, distill
 
     train = training.open("train", program.preprocess, progress=progress)
-    program = distill(program, train, yardstick.images, config, folder=output, resume=resume, progress=progress)
+    assert program.student is not None
+    with contextlib.nullcontext() if integers is None else fake_quantised(program.student, integers):
+        program = distill(program, train, yardstick.images, config, folder=output, resume=resume, progress=progress)
     result = program.history[-1].metrics
     last: dict[str, float] = {name: result[name] for name in ("top1", "top5") if name in result}
-    yardstick.record(program, progress, student=last)
+    yardstick.record(program, progress, student=last if integers is None else None)
     folder.save(program, output)
     discard_checkpoint(output)
     for name in MADE_FROM_STUDENT:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from anncvt import folder
+from anncvt import folder, pipeline
 from anncvt.data import Images
 from anncvt.errors import AnncvtError
 from anncvt.evaluation import evaluate_scores
@@ -19,14 +20,26 @@ from anncvt.runtime import integer_network, integer_torch
 from anncvt.runtime.integer_network import IntegerNetwork
 from anncvt.sources import NoSuchSplit
 
+if TYPE_CHECKING:
+    from anncvt.pkkd import DistillConfig
+
 #: Test images that the integers are measured on, unless a limit says otherwise.
 EVALUATION_IMAGES = 10_000
 
 
 def quantize_folder(
-    program: Program, calibration: DataChoice, config: QuantizeConfig, *, progress: Progress = SILENT
+    program: Program,
+    calibration: DataChoice,
+    config: QuantizeConfig,
+    *,
+    training: DistillConfig | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Quantise the student of a program folder, keep the result beside it and measure it where there are labels.
+
+    Args:
+        training: distil the student on its integers' grids before, on the labelled images of ``calibration``. That
+            changes the student of the folder.
 
     Returns:
         ``{"settings", "layers", "accuracy"}``: what it was made with, what each layer became, and the accuracy as
@@ -35,12 +48,27 @@ def quantize_folder(
     Raises:
         AnncvtError: no folder, or the network or the data cannot be used.
     """
-    if program.folder is None:
+    place = program.folder
+    if place is None:
         raise AnncvtError("the program is in no folder yet", fix="save it first: `anncvt convert MODEL -o DIR`")
     begin = time.monotonic()
     images = calibration.open("train", program.preprocess, at_most=config.images, labelled=False, progress=progress)
     network = quantize(program, images, config, progress=progress)
-    integer_network.save(network, program.folder)
+    if training is not None:
+        yardstick = pipeline.Yardstick.find(program, calibration, required=True, progress=progress)
+        program = pipeline.distil(
+            program,
+            Path(place),
+            calibration,
+            yardstick,
+            training,
+            resume=False,
+            integers=network,
+            progress=progress,
+        )
+        network = quantize(program, images, config, progress=progress)
+        network.settings["epochs"] = training.epochs
+    integer_network.save(network, place)
     measured = None
     try:
         test = calibration.open("test", program.preprocess, at_most=EVALUATION_IMAGES, progress=progress)
@@ -48,7 +76,7 @@ def quantize_folder(
     except NoSuchSplit as error:
         progress.note(f"no accuracy will be measured: {error}")
     program.record("quantized", time.monotonic() - begin, {**network.settings, **(measured or {})}, calibration.seed)
-    folder.save(program, program.folder)
+    folder.save(program, place)
     return {"settings": network.settings, "layers": layers(network), "accuracy": measured}
 
 

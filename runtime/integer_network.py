@@ -53,6 +53,10 @@ class IntegerNetwork:
         """The step of that name."""
         return next(step for step in self.steps if step.name == name)
 
+    def grid(self, name: str) -> Grid:
+        """That of a tensor."""
+        return self.input_grid if name == INPUT else self.step(name).grid
+
     def last_readers(self) -> dict[str, list[str]]:
         """After which step which tensors are not needed any more."""
         last: dict[str, str] = {}
@@ -101,7 +105,7 @@ def accumulator_range(network: IntegerNetwork, step: Step) -> tuple[Array, Array
     Exact for an adder: a tap ``|x - w|`` is at most ``max(w, top - w)`` with x in 0..top. Partial sums stay within
     the range too, in any order of the taps, once it is extended to contain 0.
     """
-    tops = [_grid(network, name).top for name in step.inputs]
+    tops = [network.grid(name).top for name in step.inputs]
     if step.op == "adder":
         assert step.weight is not None and step.filter_group is not None
         top = np.asarray(tops)[step.filter_group].reshape(-1, 1, 1, 1)
@@ -133,7 +137,7 @@ def total_bits(network: IntegerNetwork, step: Step) -> int:
     assert step.epilogue is not None
     low, high = accumulator_range(network, step)
     m, b = step.epilogue.multiplier.astype(object), step.epilogue.bias.astype(object)
-    rest = 0 if step.residual is None else step.epilogue.residual_multiplier * _grid(network, step.residual).top
+    rest = 0 if step.residual is None else step.epilogue.residual_multiplier * network.grid(step.residual).top
     half = 1 << (step.epilogue.shift - 1)
     ends = [end.astype(object) * m + b for end in (low, high)]
     least = min(int(np.minimum(*ends).min()), 0) + min(rest, 0)
@@ -156,10 +160,6 @@ def verify(network: IntegerNetwork) -> None:
                     where=step.name,
                     fix="quantize to fewer bits (--bits)",
                 )
-
-
-def _grid(network: IntegerNetwork, name: str) -> Grid:
-    return network.input_grid if name == INPUT else network.step(name).grid
 
 
 def describe(network: IntegerNetwork) -> dict[str, Any]:

@@ -26,6 +26,7 @@ __all__ = [
     "accuracy",
     "bench",
     "check",
+    "check_integers",
     "compile",
     "convert",
     "distill",
@@ -44,6 +45,8 @@ __all__ = [
 ONNX, LIBRARY, HARDWARE, REPORT = "model.onnx", "model.so", "hardware", "report.html"
 #: Images that ``check`` compares the backends on.
 CHECK_IMAGES = 1000
+#: And the executions of its integers, of which some are slow.
+INTEGER_IMAGES = 2
 
 
 def load(
@@ -369,6 +372,31 @@ def check(
     images = choice.open("test", program.preprocess, at_most=CHECK_IMAGES, labelled=False, progress=progress)
     result = check_backends(program, images, onnx_path=onnx_path, so_path=so_path, progress=progress)
     return {**result, "data": images.name}
+
+
+def check_integers(
+    program: Program | str | Path, data: DataChoice | str | None = None, *, progress: Progress = SILENT
+) -> dict[str, Any]:
+    """Compare all executions of the folder's integer network bit for bit, layer by layer.
+
+    Args:
+        data: the images to compare on, at most 2 unless it has a limit; default: the test images of the conversion,
+            else noise.
+
+    Returns:
+        See :func:`anncvt.runtime.check_integers.check`, and "data".
+
+    Raises:
+        AnncvtError: not quantized yet, or the data cannot be read.
+    """
+    from anncvt.runtime import integer_network
+    from anncvt.runtime.check_integers import check as compare
+
+    program = _opened(program, progress)
+    network = integer_network.load(program.folder or "")
+    choice = chosen(program, _choice(data), "synthetic")
+    images = choice.open("test", program.preprocess, at_most=INTEGER_IMAGES, labelled=False, progress=progress)
+    return {**compare(network, images.pixels.numpy(), progress=progress), "data": images.name}
 
 
 def run(

@@ -220,15 +220,27 @@ def compile_(folder: str, output: str | None, target: str) -> None:
 @options.reading
 @click.option("--onnx", "onnx_path", type=click.Path(), help="[default: FOLDER/model.onnx]")
 @click.option("--so", "so_path", type=click.Path(), help="[default: FOLDER/model.so]")
+@click.option("--int8", is_flag=True, help="Compare the executions of the integer network, bit for bit.")
+@click.option("--layers", is_flag=True, help="--int8: list every layer.")
 @options.threads
 @options.common
-def check(folder: str, onnx_path: str | None, so_path: str | None, **rest: Any) -> None:
+def check(folder: str, onnx_path: str | None, so_path: str | None, int8: bool, layers: bool, **rest: Any) -> None:
     """Compare torch, onnxruntime and TVM.
 
-    On up to 1000 images unless --limit says else. Ends with exit code 3 if they differ.
+    On up to 1000 images unless --limit says else, integers on 2. Ends with exit code 3 if they differ.
     """
     from anncvt import api, report
 
+    if int8:
+        from anncvt.runtime.check_integers import require_equal
+
+        with working() as progress:
+            result = api.check_integers(folder, _data(rest), progress=progress)
+        answer(result, report.equality(result, layers=layers))
+        require_equal(result)
+        return
+    if layers:
+        raise click.UsageError("--layers is for --int8.")
     with working() as progress:
         result = api.check(folder, _data(rest), onnx_path=onnx_path, so_path=so_path, progress=progress)
     answer(result, report.parity(result))

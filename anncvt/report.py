@@ -80,6 +80,26 @@ def integers(result: dict[str, Any]) -> RenderableType:
     return table
 
 
+def equality(result: dict[str, Any], *, layers: bool = False) -> RenderableType:
+    """What :func:`anncvt.api.check_integers` returns, with ``layers`` one row each."""
+    backends = result["backends"]
+    if layers:
+        table = _table("layer", **dict.fromkeys(backends, False))
+        for name in result["layers"]:
+            table.add_row(escape(name), *(_equal(name not in row["different"]) for row in backends.values()))
+    else:
+        table = _table("execution", layers="layers equal")
+        for name, row in backends.items():
+            count = len(result["layers"])
+            table.add_row(name, f"{count - len(row['different'])} of {count}")
+    verdict = f"{_equal(result['ok'])} to the {result['reference']} reference, bit for bit"
+    return Group(table, f"{verdict}, on {result['images']} images of {escape(result['data'])}{_missing(result)}")
+
+
+def _equal(same: bool) -> str:
+    return "[green]equal[/]" if same else "[red]NOT equal[/]"
+
+
 def latency(result: dict[str, Any]) -> RenderableType:
     """What :func:`anncvt.bench` returns, the fastest first."""
     table = _table("network", backend=False, dtype=False, p50="median ms", p90="90% ms", ratio="of CNN in onnxruntime")

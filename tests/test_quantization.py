@@ -64,3 +64,16 @@ def test_the_package_for_hardware(converted, tmp_path):
     assert shown.exit_code == 0, shown.output
     assert "reference.c" in json.loads(shown.stdout)["files"]
     assert json.loads((out / "manifest.json").read_text())["images"] == 1
+
+
+def test_check_compares_integers_layer_by_layer(converted):
+    from click.testing import CliRunner
+
+    refused = CliRunner().invoke(cli, ["check", str(converted), "--int8"])
+    assert refused.exit_code == 1 and "anncvt quantize" in refused.stderr
+    anncvt.quantize(converted, DataChoice("digits", limit=32))
+    shown = CliRunner().invoke(cli, ["check", str(converted), "--int8", "--layers"])
+    assert shown.exit_code == 0 and "bit for bit, on 2 images" in shown.output
+    assert all(step.name in shown.output for step in integer_network.load(converted).steps)
+    assert "layers equal" in CliRunner().invoke(cli, ["check", str(converted), "--int8"]).output
+    assert CliRunner().invoke(cli, ["check", str(converted), "--layers"]).exit_code == 2

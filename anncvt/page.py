@@ -9,6 +9,7 @@ from typing import Any
 
 from anncvt import charts
 from anncvt.charts import Bar
+from anncvt.folder import INTEGER
 from anncvt.report import COSTED, ROLES, count
 
 STYLE = Path(__file__).with_name("page.css")
@@ -52,9 +53,10 @@ def _head(facts: dict[str, Any]) -> str:
 
 
 def _integers(facts: dict[str, Any]) -> dict[str, Any]:
-    """The accuracy of the last quantization, if it was measured."""
+    """The accuracy of the integer network, if there is one and it was measured."""
     found = [record["metrics"] for record in facts["history"] if record["stage"] == "quantized"]
-    return {"integer": found[-1]["integer"]} if found and "integer" in found[-1] else {}
+    there = INTEGER[0] in facts["files"] and found and "integer" in found[-1]
+    return {"integer": found[-1]["integer"]} if there else {}
 
 
 def _role(role: str, row: dict[str, Any]) -> str:

@@ -91,6 +91,12 @@ class Fuser:
             raise refused(node, f"has a {len(sizes) + 1}-d output")
         return (sizes[0], 1, 1) if len(sizes) == 1 else sizes
 
+    def tensor(self, node: fx.Node) -> str:
+        """The tensor that holds what a node computes."""
+        if node not in self.tensors:
+            raise refused(node, "computes something else than one tensor")
+        return self.tensors[node]
+
     def name(self, node: fx.Node) -> str:
         """A name for the piece that begins at ``node``: the layer's own where there is one."""
         wanted = str(node.target) if node.op == "call_module" else node.name
@@ -99,22 +105,22 @@ class Fuser:
 
     def begin(self, node: fx.Node, op: str, source: fx.Node, **parts: Any) -> Piece:
         """A new piece that reads ``source``."""
-        shape = self.shape(node)
-        piece = Piece(self.name(node), op, (self.tensors[source],), shape, node, node, **parts)
+        source_tensor, shape = self.tensor(source), self.shape(node)
+        piece = Piece(self.name(node), op, (source_tensor,), shape, node, node, **parts)
         self.pieces.order.append(piece)
         self.tensors[node] = piece.name
         return piece
 
     def rescale(self, node: fx.Node, source: fx.Node) -> Piece:
         """A new piece that takes ``source`` as it is."""
+        self.tensor(source)
         channels = self.shape(source)[0]
         scale, shift = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
         return self.begin(node, "rescale", source, scale=scale, shift=shift)
 
     def same(self, node: fx.Node, source: fx.Node) -> None:
         """``node`` computes what ``source`` does."""
-        name = self.tensors[source]
-        self.tensors[node] = name
+        self.tensors[node] = self.tensor(source)
         piece = self.growing(source)
         if piece is not None:
             if piece.line is piece.node:
@@ -123,9 +129,10 @@ class Fuser:
 
     def growing(self, node: fx.Node) -> Piece | None:
         """The piece that ends at ``node``, if only one node reads it, so that more can be fused into it."""
-        if self.tensors[node] == INPUT or len(node.users) != 1:
+        name = self.tensor(node)
+        if name == INPUT or len(node.users) != 1:
             return None
-        piece = self.pieces[self.tensors[node]]
+        piece = self.pieces[name]
         return piece if piece.node is node and piece.scale is not None else None
 
     def affine(self, node: fx.Node, source: fx.Node, scale: Tensor, shift: Tensor) -> None:
@@ -145,7 +152,7 @@ class Fuser:
 
     def add(self, node: fx.Node, first: fx.Node, second: fx.Node) -> None:
         """``first + second``: the later of the two that still grows takes the other as its residual."""
-        if self.shape(first) != self.shape(second):
+        if self.values[first].shape != self.values[second].shape:
             raise refused(node, "adds tensors of different shapes")
         open_pieces = []
         for at, other in ((first, second), (second, first)):
@@ -156,7 +163,7 @@ class Fuser:
             _, piece, other = max(open_pieces, key=lambda found: found[0])
         else:
             piece, other = self.rescale(node, first), second
-        piece.residual = self.tensors[other]
+        piece.residual = self.tensor(other)
         # Nothing reads it before this node, and its residual may have been computed after it began.
         self.pieces.order.remove(piece)
         self.pieces.order.append(piece)

@@ -114,6 +114,8 @@ def _convolution(fuser: Fuser, node: fx.Node, source: fx.Node, module: nn.Conv2d
 
 
 def _linear(fuser: Fuser, node: fx.Node, source: fx.Node, module: nn.Linear) -> None:
+    if fuser.values[source].ndim != 2:
+        raise refused(node, "is a Linear layer over something else than a row an image")
     _layer(fuser, node, source, "convolution", module, Window())
 
 

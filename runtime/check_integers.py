@@ -16,7 +16,7 @@ from anncvt.errors import AnncvtError, GateError
 from anncvt.progress import SILENT, Progress
 from anncvt.runtime import hardware, integer_network
 from anncvt.runtime.integer import Array, Step
-from anncvt.runtime.integer_network import IntegerNetwork
+from anncvt.runtime.integer_network import INPUT, IntegerNetwork
 from anncvt.runtime.memory_files import file_name
 
 #: Runs the network over pixels and returns, for each step by name, whether it differs from the reference.
@@ -99,6 +99,30 @@ def _torch(network: IntegerNetwork, pixels: Array, expected: dict[str, tuple[Arr
     return found
 
 
+def _tvm(network: IntegerNetwork, pixels: Array, expected: dict[str, tuple[Array, Array | None]]) -> dict[str, bool]:
+    """Outputs of fused kernels, and accumulators of kernels that end there."""
+    import torch
+
+    from anncvt.runtime import integer_tvm
+
+    if not integer_tvm.usable():
+        raise Unavailable("TVM is not installed: pip install 'anncvt[tvm]'")
+    compiled = integer_tvm.Compiled(network)
+    values = {INPUT: torch.from_numpy(network.enter(pixels))}
+    found: dict[str, bool] = {}
+
+    def compare(step: Step, output: torch.Tensor, accumulators: torch.Tensor | None) -> None:
+        wanted, sums = expected[step.name]
+        same = np.array_equal(wanted, output.numpy())
+        if sums is not None and step.weight is not None:
+            same = same and np.array_equal(sums, compiled.accumulate(step, [values[n] for n in step.inputs]).numpy())
+        found[step.name] = not same
+        values[step.name] = output
+
+    compiled.run(torch.from_numpy(pixels), compare)
+    return found
+
+
 def _c(network: IntegerNetwork, pixels: Array, expected: dict[str, tuple[Array, Array | None]]) -> dict[str, bool]:
     """The program of the hardware package, built here; it compares with golden vectors, which are the reference's."""
     compiler = shutil.which("cc")
@@ -118,4 +142,4 @@ def _c(network: IntegerNetwork, pixels: Array, expected: dict[str, tuple[Array, 
     return {step.name: file_name(at, step.name) in wrong for at, step in enumerate(network.steps)}
 
 
-COMPARISONS: dict[str, Comparison] = {"torch": _torch, "C": _c}
+COMPARISONS: dict[str, Comparison] = {"torch": _torch, "TVM": _tvm, "C": _c}

@@ -21,19 +21,31 @@ from anncvt.runtime.integer_network import INPUT, IntegerNetwork
 Watcher = Callable[[Step, Tensor, "Tensor | None"], None]
 
 
+#: A step, its inputs and its residual -> its output and (where it has and tells one) its accumulators.
+Compute = Callable[[Step, Sequence[Tensor], "Tensor | None"], "tuple[Tensor, Tensor | None]"]
+
+
+def execute(step: Step, inputs: Sequence[Tensor], residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The output of a step and, where it has one, its accumulators."""
+    if step.epilogue is None:
+        return rearrange(step, inputs[0]), None
+    accumulators = accumulate(step, inputs)
+    return finish(step.epilogue, accumulators, residual), accumulators
+
+
 @torch.no_grad()
-def run(network: IntegerNetwork, pixels: Tensor, watch: Watcher | None = None) -> Tensor:
-    """Pixels ``[N, C, H, W]`` uint8 -> logits ``[N, classes]`` int32, as :func:`anncvt.runtime.integer_network.run`."""
+def run(network: IntegerNetwork, pixels: Tensor, watch: Watcher | None = None, compute: Compute = execute) -> Tensor:
+    """Pixels ``[N, C, H, W]`` uint8 -> logits ``[N, classes]`` int32, as :func:`anncvt.runtime.integer_network.run`.
+
+    Args:
+        watch: called after each step with the step, its output and its accumulators (or None).
+        compute: executes a step.
+    """
     values = {INPUT: torch.from_numpy(network.enter(pixels.numpy()))}
     spent = network.last_readers()
     for step in network.steps:
-        inputs = [values[name] for name in step.inputs]
-        accumulators = None
-        if step.epilogue is None:
-            output = rearrange(step, inputs[0])
-        else:
-            accumulators = accumulate(step, inputs)
-            output = finish(step.epilogue, accumulators, None if step.residual is None else values[step.residual])
+        residual = None if step.residual is None else values[step.residual]
+        output, accumulators = compute(step, [values[name] for name in step.inputs], residual)
         values[step.name] = output
         if watch is not None:
             watch(step, output, accumulators)

@@ -44,7 +44,7 @@ def test_a_program_without_a_folder_is_told(converted):
 def test_the_verb_shows_layers_and_accuracy(converted):
     from click.testing import CliRunner
 
-    arguments = ["quantize", str(converted), "--limit", "32", "--bits", "4", "--groups", "2", "--range", "percentile"]
+    arguments = ["quantize", str(converted), "--limit", "32", "--bits", "4", "--range", "percentile"]
     shown = CliRunner().invoke(cli, arguments)
     assert shown.exit_code == 0, shown.output
     assert "integers, 4 bits" in shown.output and "accumulator bits" in shown.output

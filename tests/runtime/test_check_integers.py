@@ -22,7 +22,7 @@ def network():
 def test_all_executions_are_equal(network):
     result = check(network, PIXELS)
     assert result["ok"] and result["images"] == 2
-    assert set(result["backends"]) | set(result["missing"]) == {"torch", "C"}
+    assert set(result["backends"]) | set(result["missing"]) == {"torch", "TVM", "C"}
     assert result["layers"] == [step.name for step in network.steps]
     require_equal(result)
 

@@ -12,6 +12,7 @@ from anncvt import folder, pipeline
 from anncvt.data import Images
 from anncvt.errors import AnncvtError
 from anncvt.evaluation import evaluate_scores
+from anncvt.fake_quant import fake_quantised
 from anncvt.measure import DataChoice, accuracy_on
 from anncvt.passes.quantize import QuantizeConfig, quantize
 from anncvt.program import Program
@@ -66,7 +67,9 @@ def quantize_folder(
             integers=network,
             progress=progress,
         )
-        network = quantize(program, images, config, progress=progress)
+        assert program.student is not None
+        with fake_quantised(program.student, network):
+            network = quantize(program, images, config, trained_on=network, progress=progress)
         network.settings["epochs"] = training.epochs
     integer_network.save(network, place)
     measured = None

@@ -69,12 +69,18 @@ class QuantizeConfig:
 
 
 def quantize(
-    program: Program, images: Images, config: QuantizeConfig | None = None, *, progress: Progress = SILENT
+    program: Program,
+    images: Images,
+    config: QuantizeConfig | None = None,
+    *,
+    trained_on: IntegerNetwork | None = None,
+    progress: Progress = SILENT,
 ) -> IntegerNetwork:
     """Quantise the student of ``program``; the program stays as it is.
 
     Args:
         images: like those it will see; labels are not looked at.
+        trained_on: the student was trained for this network: grids that adders read and filter groups stay.
 
     Raises:
         AnncvtError: no student, no images, an operator that integers do not have, or a sum that may overflow.
@@ -93,7 +99,7 @@ def quantize(
     some = images.subset(torch.arange(min(len(images), config.images)))
     pieces = pieces_of(program)
     samples = collect(program, pieces, some, progress=progress)
-    network = _Quantizer(pieces, program.preprocess, samples, config).network(some, progress)
+    network = _Quantizer(pieces, program.preprocess, samples, config, trained_on).network(some, progress)
     verify(network)
     network.settings["seconds"] = round(time.monotonic() - begin, 3)
     return network
@@ -109,6 +115,11 @@ def pixel_table(preprocess: Preprocess, *, power_of_two: bool = False) -> tuple[
     return grid, grid.quantise(values)
 
 
+def _adder_grids(network: IntegerNetwork) -> dict[str, Grid]:
+    """Of every tensor that an adder reads."""
+    return {name: network.grid(name) for step in network.steps if step.op == "adder" for name in step.inputs}
+
+
 @dataclass(frozen=True)
 class _Line:
     """``slope * accumulator + offset`` per output channel, real numbers."""
@@ -118,8 +129,18 @@ class _Line:
 
 
 class _Quantizer:
-    def __init__(self, pieces: Pieces, preprocess: Preprocess, samples: dict[str, Samples], config: QuantizeConfig):
+    def __init__(
+        self,
+        pieces: Pieces,
+        preprocess: Preprocess,
+        samples: dict[str, Samples],
+        config: QuantizeConfig,
+        trained_on: IntegerNetwork | None,
+    ) -> None:
         self.pieces, self.samples, self.config = pieces, samples, config
+        self.kept = {} if trained_on is None else _adder_grids(trained_on)
+        steps = () if trained_on is None else trained_on.steps
+        self.kept_groups = {step.name: step.filter_group for step in steps if step.filter_group is not None}
         self.input_shape: tuple[int, int, int] = preprocess.input_size  # type: ignore[assignment]
         grid, self.table = pixel_table(preprocess, power_of_two=config.power_of_two)
         self.grids = {INPUT: grid}
@@ -184,7 +205,7 @@ class _Quantizer:
 
     def _output_grid(self, piece: Piece) -> Grid:
         bits = self.config.bits if self.config.groups == 1 and self._only_adders_read(piece.name) else 8
-        return self._choose(self.samples[piece.name].output, bits)
+        return self.kept.get(piece.name) or self._choose(self.samples[piece.name].output, bits)
 
     def _choose(self, samples: Tensor, bits: int) -> Grid:
         return choose_grid(samples, bits, self.config.range, power_of_two=self.config.power_of_two)
@@ -224,7 +245,10 @@ class _Quantizer:
         assert piece.weight is not None and piece.scale is not None and piece.shift is not None
         weight = piece.weight
         grouped = self.config.groups > 1 and piece.window.groups == 1
-        members = filter_groups(weight, self.config.groups) if grouped else torch.zeros(len(weight), dtype=torch.int64)
+        if piece.name in self.kept_groups:
+            members = torch.from_numpy(self.kept_groups[piece.name]).long()
+        else:
+            members = filter_groups(weight, self.config.groups if grouped else 1)
         names = [
             self._copy(piece, weight[members == at], at if grouped else None) for at in range(int(members.max()) + 1)
         ]
@@ -254,9 +278,7 @@ class _Quantizer:
         name = f"{source}@{self.config.bits}" if group is None else f"{source}@{piece.name}.{group}"
         if name not in self.grids:
             before = self.grids[source]
-            grid = self._choose(self._values(source), self.config.bits)
-            if group is not None:
-                grid = self._narrowed(piece, weight, grid)
+            grid = self.kept.get(name) or self._copy_grid(piece, weight, group)
             shape = self.input_shape if source == INPUT else self.pieces[source].shape
             ones = torch.ones(shape[0], dtype=torch.float64)
             line = _Line(ones * before.scale, -ones * before.scale * before.zero)
@@ -265,6 +287,10 @@ class _Quantizer:
             self.steps.append(Step(name, "rescale", (source,), shape, grid, epilogue=epilogue))
             self.grids[name] = grid
         return name
+
+    def _copy_grid(self, piece: Piece, weight: Tensor, group: int | None) -> Grid:
+        grid = self._choose(self._values(piece.inputs[0]), self.config.bits)
+        return grid if group is None else self._narrowed(piece, weight, grid)
 
     def _values(self, name: str) -> Tensor:
         """What a tensor holds in the float network, a sample."""

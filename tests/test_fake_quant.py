@@ -10,7 +10,7 @@ from anncvt.fake_quant import FakeQuant, fake_quantised, straight_through
 from anncvt.measure import DataChoice
 from anncvt.nn import AdderConv2d
 from anncvt.passes.quantize import QuantizeConfig, quantize
-from anncvt.runtime import integer, integer_network
+from anncvt.runtime import integer, integer_network, integer_torch
 from anncvt.runtime.integer import Grid
 
 GRID = Grid(0.25, 4, 4)
@@ -101,3 +101,25 @@ def test_training_options_without_qat_are_a_mistake(converted):
 
     shown = CliRunner().invoke(cli, ["quantize", str(converted), "--epochs", "3"])
     assert shown.exit_code == 2 and "--qat" in shown.output
+
+
+def test_integers_after_training_are_those_that_were_trained_for():
+    """Grids and groups stay although the weights have moved, and the line is fitted to what was trained."""
+    program = adder_program(ZeroPadded(), 8)
+    images = noise(48, (3, 8, 8))
+    config = QuantizeConfig(bits=4, groups=2)
+    before = quantize(program, images, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        program.student.conv1.weight.add_(torch.randn_like(program.student.conv1.weight))
+    x = images.batch(torch.arange(48), program.preprocess)
+    with fake_quantised(program.student, before), torch.no_grad():
+        wanted = program.student(x)
+        after = quantize(program, images, config, trained_on=before)
+    for step in before.steps:
+        if step.op == "adder":
+            twin = after.step(step.name)
+            assert (twin.filter_group == step.filter_group).all() and twin.inputs == step.inputs
+            assert [after.grid(name) for name in twin.inputs] == [before.grid(name) for name in step.inputs]
+    got = after.steps[-1].grid.scale * integer_torch.run(after, images.pixels)
+    assert float(torch.corrcoef(torch.stack([wanted.flatten(), got.flatten()]))[0, 1]) > 0.98

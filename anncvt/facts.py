@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from anncvt.cost import costs
 from anncvt.data import Images
 from anncvt.energy import HOROWITZ_45NM, EnergyTable
 from anncvt.errors import AnncvtError
 from anncvt.files import write_text
 from anncvt.inspection import IMAGES, inspect
+from anncvt.layer_costs import costs
 from anncvt.measure import DataChoice, chosen
 from anncvt.program import Program
 from anncvt.progress import SILENT, Progress
@@ -34,7 +34,7 @@ def gather(
     - "name": of the model, without folders;
     - "plan": as JSON, or None;
     - "layers": of :func:`anncvt.inspection.inspect`, without activations where no images can be read;
-    - "costs": of :func:`anncvt.cost.costs`, or None without a plan;
+    - "costs": of :func:`anncvt.layer_costs.costs`, or None without a plan;
     - "bench": what the last `anncvt bench` of the folder found, or None.
 
     Args:

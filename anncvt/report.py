@@ -14,7 +14,7 @@ from anncvt.measure import accuracy as measured_accuracy
 from anncvt.pipeline import PRODUCTS
 from anncvt.program import Plan, Program
 
-#: Names of :data:`anncvt.cost.NETWORKS` whose numbers are of one width.
+#: Names of :data:`anncvt.layer_costs.NETWORKS` whose numbers are of one width.
 COSTED = {"cnn-fp32": "CNN, 32-bit floats", "adders-fp32": "adders, 32-bit floats", "cnn-int8": "CNN, 8-bit integers"}
 ROLES = {"teacher": "teacher (CNN)", "student": "student (adders)", "integer": "integers"}
 
@@ -194,7 +194,7 @@ def layers(facts: dict[str, Any]) -> RenderableType:
 
 
 def energy(found: dict[str, Any]) -> RenderableType:
-    """What :func:`anncvt.cost.costs` returns."""
+    """What :func:`anncvt.layer_costs.costs` returns."""
     columns = {"adds": "adds", "muls": "multiplies", "shifts": "shifts", "moved": "bytes moved"}
     table = _table("an image in hardware", **columns, compute="arithmetic uJ", memory="memory uJ")
     for name, row in found["networks"].items():

@@ -3,8 +3,8 @@ import math
 import pytest
 from networks import Residual
 
-from anncvt.cost import NETWORKS, costs, layer_costs
 from anncvt.energy import EnergyTable
+from anncvt.layer_costs import NETWORKS, costs, layer_costs
 from anncvt.loading import load
 from anncvt.passes.plan import plan
 

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
         distill,
         evaluate,
         export,
+        export_hardware,
         load,
         plan,
+        quantize,
         run,
     )
     from anncvt.errors import AnncvtError
@@ -36,8 +38,10 @@ __all__ = [
     "distill",
     "evaluate",
     "export",
+    "export_hardware",
     "load",
     "plan",
+    "quantize",
     "run",
 ]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from anncvt import pipeline
 from anncvt.errors import AnncvtError
-from anncvt.measure import DataChoice, accuracy, accuracy_on, chosen, gate, remember, require_parity
+from anncvt.measure import DataChoice, accuracy, chosen, gate, remember, require_parity
 from anncvt.program import Program
 from anncvt.progress import SILENT, Progress
 
@@ -26,21 +26,27 @@ __all__ = [
     "accuracy",
     "bench",
     "check",
+    "check_integers",
     "compile",
     "convert",
     "distill",
     "evaluate",
     "export",
+    "export_hardware",
     "gate",
     "load",
     "plan",
+    "quantize",
+    "report",
     "require_parity",
     "run",
 ]
 
-ONNX, LIBRARY = "model.onnx", "model.so"
+ONNX, LIBRARY, HARDWARE, REPORT = "model.onnx", "model.so", "hardware", "report.html"
 #: Images that ``check`` compares the backends on.
 CHECK_IMAGES = 1000
+#: And the executions of its integers, of which some are slow.
+INTEGER_IMAGES = 2
 
 
 def load(
@@ -243,6 +249,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Top-1 and top-5 accuracy, ``{"student": {"top1", "top5"}, "teacher": {...}, "images", "data"}`` in percent.
 
+    With "integer" where the folder holds an integer network.
+
     Args:
         data: DATA with labels; default: that of the conversion.
         split: "test" or "train".
@@ -256,7 +264,49 @@ def evaluate(
     images = chosen(program, _choice(data)).open(
         "train" if split == "train" else "test", program.preprocess, progress=progress
     )
-    return accuracy_on(program, images, batch_size=batch_size, progress=progress)
+    from anncvt.quantization import evaluate_all
+
+    return evaluate_all(program, images, batch_size=batch_size, progress=progress)
+
+
+def quantize(
+    program: Program | str | Path,
+    calibrate: DataChoice | str | None = None,
+    *,
+    bits: int = 8,
+    groups: int = 1,
+    range: str = "mse",
+    power_of_two: bool = False,
+    qat: bool = False,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    config: DistillConfig | None = None,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Make the integer network of a program folder, ``integer.json`` and ``integer.safetensors`` in it.
+
+    Args:
+        calibrate: DATA to choose ranges on, unlabelled; default: that of the conversion.
+        bits, groups, range, power_of_two: see :class:`anncvt.passes.quantize.QuantizeConfig`.
+        qat: before, distil the adder network on the grids of its integers (quantization-aware), on labelled images.
+        epochs, batch_size, lr, config, seed: of that distillation, see :func:`convert`.
+
+    Returns:
+        See :func:`anncvt.quantization.quantize_folder`.
+
+    Raises:
+        AnncvtError: nothing converted yet, no data, or an operator that integer networks do not have.
+    """
+    from anncvt.passes.quantize import QuantizeConfig
+    from anncvt.quantization import quantize_folder
+
+    program = _opened(program, progress)
+    choice = chosen(program, _choice(calibrate))
+    settings = QuantizeConfig(bits=bits, groups=groups, range=range, power_of_two=power_of_two)
+    training = _distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr) if qat else None
+    return quantize_folder(program, choice, settings, training=training, progress=progress)
 
 
 def export(
@@ -271,6 +321,36 @@ def export(
 
     program = _opened(program, progress)
     return onnx.export(program, _beside(program, path, ONNX), opset=opset, progress=progress)
+
+
+def export_hardware(
+    program: Program | str | Path,
+    path: str | Path | None = None,
+    data: DataChoice | str | None = None,
+    *,
+    golden: int = 2,
+    progress: Progress = SILENT,
+) -> Path:
+    """Write the integer network as a package for hardware, to ``hardware`` in its folder unless ``path`` says else.
+
+    Args:
+        data: images for golden vectors; default: the test images of the conversion.
+        golden: how many.
+
+    Raises:
+        AnncvtError: not quantized yet, no data, or ``path`` is something else or cannot be written.
+    """
+    from anncvt.runtime import hardware, integer_network
+
+    program = _opened(program, progress)
+    target = _beside(program, path, HARDWARE)
+    network = integer_network.load(program.folder or "")
+    images = chosen(program, _choice(data), "synthetic").open(
+        "test", program.preprocess, at_most=golden, labelled=False, progress=progress
+    )
+    about = {"model": program.source.name, "arch": program.source.arch, "classes": program.classes}
+    pixels = images.pixels[:golden].numpy()
+    return hardware.export(network, target, pixels, about=about, progress=progress)
 
 
 def compile(
@@ -319,6 +399,31 @@ def check(
     return {**result, "data": images.name}
 
 
+def check_integers(
+    program: Program | str | Path, data: DataChoice | str | None = None, *, progress: Progress = SILENT
+) -> dict[str, Any]:
+    """Compare all executions of the folder's integer network bit for bit, layer by layer.
+
+    Args:
+        data: the images to compare on, at most 2 unless it has a limit; default: the test images of the conversion,
+            else noise.
+
+    Returns:
+        See :func:`anncvt.runtime.check_integers.check`, and "data".
+
+    Raises:
+        AnncvtError: not quantized yet, or the data cannot be read.
+    """
+    from anncvt.runtime import integer_network
+    from anncvt.runtime.check_integers import check as compare
+
+    program = _opened(program, progress)
+    network = integer_network.load(program.folder or "")
+    choice = chosen(program, _choice(data), "synthetic")
+    images = choice.open("test", program.preprocess, at_most=INTEGER_IMAGES, labelled=False, progress=progress)
+    return {**compare(network, images.pixels.numpy(), progress=progress), "data": images.name}
+
+
 def run(
     program: Program | str | Path,
     inputs: str | Path | Sequence[str | Path],
@@ -362,11 +467,46 @@ def bench(
     Raises:
         AnncvtError: nothing converted yet, or a file in the folder cannot be run.
     """
+    from anncvt.facts import keep_bench
     from anncvt.runtime.bench import bench as bench_backends
 
-    return bench_backends(
-        _opened(program, progress), batch=batch, threads=threads, repeats=repeats, seconds=seconds, progress=progress
-    )
+    program = _opened(program, progress)
+    result = bench_backends(program, batch=batch, threads=threads, repeats=repeats, seconds=seconds, progress=progress)
+    keep_bench(program, result)
+    return result
+
+
+def report(
+    program: Program | str | Path,
+    path: str | Path | None = None,
+    data: DataChoice | str | None = None,
+    *,
+    energy_table: str | Path | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Write a report as one HTML file, to ``report.html`` in the folder unless ``path`` says else.
+
+    Args:
+        data: images to look at; default: those of the conversion.
+        energy_table: a TOML file of energies, see :func:`anncvt.energy.load_table`.
+
+    Returns:
+        What it shows, see :func:`anncvt.facts.gather`, and its "path".
+
+    Raises:
+        AnncvtError: the table or ``data`` cannot be read, or ``path`` not be written.
+    """
+    from anncvt.energy import HOROWITZ_45NM, load_table
+    from anncvt.facts import gather
+    from anncvt.files import write_text
+    from anncvt.page import page
+
+    program = _opened(program, progress)
+    target = _beside(program, path, REPORT)
+    table = HOROWITZ_45NM if energy_table is None else load_table(energy_table)
+    facts = gather(program, _choice(data), table=table, progress=progress)
+    write_text(target, page(facts))
+    return {**facts, "path": str(target)}
 
 
 def _opened(program: Program | str | Path, progress: Progress) -> Program:

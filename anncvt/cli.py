@@ -135,18 +135,69 @@ def evaluate(model: str, split: str, batch_size: int, max_drop: float | None, **
         api.gate(measured, max_drop)
 
 
+@cli.command(epilog="Example: anncvt quantize net.ann --calibrate folder:photos --bits 6")
+@click.argument("folder", type=click.Path())
+@click.option(
+    "--calibrate", "data", metavar="DATA", help="Images to choose ranges on, unlabelled.  [default: of the conversion]"
+)
+@click.option(
+    "--bits", type=click.Choice(["8", "6", "5", "4"]), default="8", show_default=True, help="Of adder layers."
+)
+@click.option("--groups", type=click.IntRange(1), default=1, show_default=True, help="Filter groups of a layer.")
+@click.option(
+    "--range",
+    type=click.Choice(["percentile", "mse", "entropy"]),
+    default="mse",
+    show_default=True,
+    help="How ranges are chosen.",
+)
+@click.option("--power-of-two", is_flag=True, help="Scales are powers of two.")
+@click.option("--qat", is_flag=True, help="Distil the adder network on its integers' grids before; takes labels.")
+@options.reading
+@options.training
+@options.threads
+@options.common
+def quantize(folder: str, bits: str, **rest: Any) -> None:
+    """Make an integer network of an adder network.
+
+    It is written into the folder; evaluate shows its accuracy beside the others.
+    """
+    from anncvt import api, report
+
+    training = [name for name in ("epochs", "batch_size", "lr") if rest[name] is not None]
+    if training and not rest["qat"]:
+        raise click.UsageError(f"--{training[0].replace('_', '-')} is for the training of --qat.")
+    seed = rest["seed"]
+    with working() as progress:
+        result = api.quantize(folder, _data(rest), bits=int(bits), seed=seed, **rest, progress=progress)
+    measured = result["accuracy"]
+    answer(result, report.integers(result), *([report.accuracy(measured)] if measured else []))
+
+
 @cli.command(epilog="Example: anncvt export net.ann")
 @click.argument("folder", type=click.Path())
-@click.option("-o", "--output", type=click.Path(), help="The file to write.  [default: FOLDER/model.onnx]")
+@click.option("-o", "--output", type=click.Path(), help="Where to.  [default: FOLDER/model.onnx or FOLDER/hardware]")
 @click.option("--opset", type=int, default=18, show_default=True, help="ONNX operator set.")
+@click.option("--format", "form", type=click.Choice(["onnx", "hardware"]), default="onnx", show_default=True)
+@click.option("--golden", type=click.IntRange(1), default=2, show_default=True, help="hardware: images to trace.")
+@click.option("--data", metavar="DATA", help="hardware: these images.  [default: test images of the conversion]")
+@options.reading
 @options.common
-def export(folder: str, output: str | None, opset: int) -> None:
-    """Write an adder network as ONNX, for any onnxruntime."""
+def export(folder: str, output: str | None, opset: int, form: str, golden: int, **rest: Any) -> None:
+    """Write an adder network as ONNX, or its integers for hardware.
+
+    onnx runs in any onnxruntime. hardware is a folder of integer weights and golden vectors, of what quantize made.
+    """
     from anncvt import api
 
     with working() as progress:
-        path = api.export(folder, output, opset=opset, progress=progress)
-    answer(_file(path), f"wrote {path}")
+        if form == "onnx":
+            path = api.export(folder, output, opset=opset, progress=progress)
+            answer(_file(path), f"wrote {path}")
+        else:
+            path = api.export_hardware(folder, output, _data(rest), golden=golden, progress=progress)
+            files = sorted(str(part.relative_to(path)) for part in path.rglob("*") if part.is_file())
+            answer({"path": str(path), "files": files}, f"wrote {path}, {len(files)} files; see {path}/SEMANTICS.md")
 
 
 @cli.command("compile", epilog="Example: anncvt compile net.ann --target avx2")
@@ -172,15 +223,27 @@ def compile_(folder: str, output: str | None, target: str) -> None:
 @options.reading
 @click.option("--onnx", "onnx_path", type=click.Path(), help="[default: FOLDER/model.onnx]")
 @click.option("--so", "so_path", type=click.Path(), help="[default: FOLDER/model.so]")
+@click.option("--int8", is_flag=True, help="Compare the executions of the integer network, bit for bit.")
+@click.option("--layers", is_flag=True, help="--int8: list every layer.")
 @options.threads
 @options.common
-def check(folder: str, onnx_path: str | None, so_path: str | None, **rest: Any) -> None:
+def check(folder: str, onnx_path: str | None, so_path: str | None, int8: bool, layers: bool, **rest: Any) -> None:
     """Compare torch, onnxruntime and TVM.
 
-    On up to 1000 images unless --limit says else. Ends with exit code 3 if they differ.
+    On up to 1000 images unless --limit says else, integers on 2. Ends with exit code 3 if they differ.
     """
     from anncvt import api, report
 
+    if int8:
+        from anncvt.runtime.check_integers import require_equal
+
+        with working() as progress:
+            result = api.check_integers(folder, _data(rest), progress=progress)
+        answer(result, report.equality(result, layers=layers))
+        require_equal(result)
+        return
+    if layers:
+        raise click.UsageError("--layers is for --int8.")
     with working() as progress:
         result = api.check(folder, _data(rest), onnx_path=onnx_path, so_path=so_path, progress=progress)
     answer(result, report.parity(result))
@@ -223,18 +286,27 @@ def bench(folder: str, batch: int, repeats: int, budget: float) -> None:
 
 @cli.command(epilog="Example: anncvt report net.ann")
 @click.argument("folder", type=click.Path())
+@click.option("-o", "--output", type=click.Path(), help="The HTML file to write.  [default: FOLDER/report.html]")
+@click.option("--energy-table", type=click.Path(), metavar="FILE", help="Energies, as TOML.  [default: 45 nm]")
+@click.option("--data", metavar="DATA", help="Images to look at.  [default: test images of the conversion]")
+@options.reading
+@options.threads
 @options.common
-def report(folder: str) -> None:
-    """Show what is in a folder.
+def report(folder: str, output: str | None, energy_table: str | None, **rest: Any) -> None:
+    """Show what is in a folder, as tables and as a web page.
 
-    Where it came from, what was done, what it reached, how large it is.
+    Where it came from, what was done, what it reached, how its layers do, what they would cost in hardware. The page is
+    one file that needs no network.
     """
     from anncvt import api
     from anncvt import report as tables
 
     with working() as progress:
-        facts = tables.summary(api.load(folder, progress=progress))
-    answer(facts, tables.program(facts))
+        facts = api.report(folder, output, _data(rest), energy_table=energy_table, progress=progress)
+    shown = [tables.program(facts)]
+    if facts["plan"]:
+        shown += [tables.layers(facts), tables.energy(facts["costs"])]
+    answer(facts, *shown, f"wrote {facts['path']}")
 
 
 LAYERS = ("keep", "swap", "policy", "plan_file", "linear", "dump")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -29,17 +31,33 @@ def evaluate(
     Raises:
         AnncvtError: no labels, labels outside the network's outputs, or a network that does not take the images.
     """
+    parameter = next(iter(network.parameters()), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+
+    def scores(indices: Tensor) -> Tensor:
+        return _forward(network, images.batch(indices, preprocess).to(device), images.name)
+
+    with eval_mode(network):
+        return evaluate_scores(scores, images, batch_size=batch_size, progress=progress)
+
+
+def evaluate_scores(
+    scores: Callable[[Tensor], Tensor], images: Images, *, batch_size: int = 256, progress: Progress = SILENT
+) -> dict[str, float]:
+    """:func:`evaluate` for anything: ``scores`` gives the class scores ``[B, classes]`` of the images at ``[B]``.
+
+    Raises:
+        AnncvtError: no labels, or labels outside the classes.
+    """
     if images.labels is None:
         raise AnncvtError("the images have no labels", where=images.name, fix="evaluate on a data set with labels")
     if batch_size < 1:
         raise AnncvtError(f"a batch of {batch_size} images", fix="give --batch-size a positive number")
-    parameter = next(iter(network.parameters()), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
     top1 = top5 = 0
-    with eval_mode(network), progress.task("evaluating", len(images)) as task:
+    with progress.task("evaluating", len(images)) as task:
         for indices in torch.arange(len(images)).split(batch_size):
-            logits = _forward(network, images.batch(indices, preprocess).to(device), images.name)
-            labels = images.labels[indices].to(device)
+            logits = scores(indices)
+            labels = images.labels[indices].to(logits.device)
             _check_labels(labels, logits, images)
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             top1 += int(best[:, 0].sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,36 @@ def atomic_path(target: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, mark: str) -> Iterator[Path]:
+    """Yield a new folder beside ``target``; on success it takes that place, on failure it is removed.
+
+    Args:
+        mark: the file that such a folder has. A folder at ``target`` is replaced if it has it, or is empty.
+
+    Raises:
+        AnncvtError: ``target`` is something else, or cannot be written.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / mark).is_file())):
+        raise AnncvtError("exists and is something else", where=str(target), fix="choose another place with -o")
+    try:
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=target.absolute().parent, prefix=f".{target.name}.", suffix=".tmp"))
+        try:
+            scratch.chmod(0o777 & ~umask())
+            yield scratch
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(scratch, target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise AnncvtError(
+            f"cannot write: {error.strerror or error}", where=str(target), fix="choose a writable place with -o"
+        ) from error
 
 
 def write_text(target: Path, text: str) -> None:

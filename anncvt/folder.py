@@ -20,6 +20,7 @@ from anncvt.swap import swap
 if TYPE_CHECKING:
     from torch import nn
 
+INTEGER = ("integer.json", "integer.safetensors")
 RECIPE, TEACHER, STUDENT = "program.json", "teacher.safetensors", "student.safetensors"
 
 
@@ -164,7 +165,18 @@ def _load(network: nn.Module, file: Path) -> None:
 
 def _foreign(folder: Path) -> bool:
     """Whether a folder holds anything but what this package writes beside a program."""
-    own = {"train", "model.onnx", "model.so", "report.html", RECIPE, TEACHER, STUDENT}
+    own = {
+        "train",
+        "model.onnx",
+        "model.so",
+        "report.html",
+        "hardware",
+        "bench.json",
+        *INTEGER,
+        RECIPE,
+        TEACHER,
+        STUDENT,
+    }
     return any(entry.name not in own and not entry.name.startswith(".") for entry in folder.iterdir())
 
 

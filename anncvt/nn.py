@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -158,9 +159,14 @@ class AdderConv2d(_AdderNd):
     """``y = -sum |x - w|`` over 2-d windows, ``[N, C, H, W] -> [N, O, H', W']``."""
 
     ndim = 2
+    #: Computes the sum in its stead, from it and its two operands: :class:`anncvt.fake_quant.FakeQuant`.
+    fake: Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Tensor] | None = None
 
     def _adder(self, x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
-        return self._adder2d(x, self.weight, self.stride, padding, self.dilation)
+        def plain(x: Tensor, weight: Tensor) -> Tensor:
+            return self._adder2d(x, weight, self.stride, padding, self.dilation)
+
+        return plain(x, self.weight) if self.fake is None else self.fake(plain, x, self.weight)
 
 
 class AdderConv1d(_AdderNd):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -16,6 +17,7 @@ from anncvt.checkpoint import sha256
 from anncvt.data import Images, native_size
 from anncvt.errors import AnncvtError
 from anncvt.evaluation import evaluate
+from anncvt.fake_quant import fake_quantised
 from anncvt.loading import load
 from anncvt.measure import DataChoice, accuracy, accuracy_on, remember
 from anncvt.passes.calibrate import MEMORY, calibrate
@@ -33,15 +35,16 @@ if TYPE_CHECKING:
     from torch import nn
 
     from anncvt.pkkd import DistillConfig
+    from anncvt.runtime.integer_network import IntegerNetwork
 
 #: Calibration images, unless a limit says otherwise: more change little.
 CALIBRATION_IMAGES = 5000
 #: Test images that accuracy is measured on between stages, unless a limit says otherwise.
 EVALUATION_IMAGES = 10_000
+#: What no longer fits when the adder network has changed.
+MADE_FROM_STUDENT = ("model.onnx", "model.so", *folder.INTEGER, "hardware", "bench.json", "report.html")
 #: What a conversion or a command on its folder leaves there besides the program itself.
-PRODUCTS = ("train", "model.onnx", "model.so", "report.html")
-#: Of these, what no longer fits when the adder network has changed.
-MADE_FROM_STUDENT = ("model.onnx", "model.so", "report.html")
+PRODUCTS = ("train", *MADE_FROM_STUDENT)
 
 
 def open_model(
@@ -144,21 +147,30 @@ def distil(
     config: DistillConfig,
     *,
     resume: bool,
+    integers: IntegerNetwork | None = None,
     progress: Progress,
 ) -> Program:
-    """Distil, measure, save."""
+    """Distil, measure, save.
+
+    Args:
+        integers: train for these: the student computes on their grids meanwhile.
+    """
     from anncvt import pkkd
 
     train = training.open("train", program.preprocess, progress=progress)
-    program = pkkd.distill(program, train, yardstick.images, config, folder=output, resume=resume, progress=progress)
+    assert program.student is not None
+    with contextlib.nullcontext() if integers is None else fake_quantised(program.student, integers):
+        program = pkkd.distill(
+            program, train, yardstick.images, config, folder=output, resume=resume, progress=progress
+        )
     result = program.history[-1].metrics
     last: dict[str, float] = {name: result[name] for name in ("top1", "top5") if name in result}
-    yardstick.record(program, progress, student=last)
+    yardstick.record(program, progress, student=last if integers is None else None)
     folder.save(program, output)
     pkkd.discard_checkpoint(output)
     for name in MADE_FROM_STUDENT:
         if (output / name).exists():
-            (output / name).unlink()
+            _remove(output / name)
             progress.note(f"{name} was that of the network before and is removed")
     return program
 
@@ -253,11 +265,15 @@ def _check_free(output: Path, resume: bool, force: bool) -> None:
 def _clear(output: Path) -> None:
     """Remove what was made from the program that is about to be replaced."""
     for name in PRODUCTS:
-        product = output / name
-        if product.is_dir():
-            shutil.rmtree(product)
-        else:
-            product.unlink(missing_ok=True)
+        _remove(output / name)
+
+
+def _remove(product: Path) -> None:
+    """A file or a folder, if it is there."""
+    if product.is_dir():
+        shutil.rmtree(product)
+    else:
+        product.unlink(missing_ok=True)
 
 
 def _take_native_size(program: Program, data: DataChoice, progress: Progress) -> None:

@@ -14,17 +14,20 @@ from anncvt.measure import accuracy as measured_accuracy
 from anncvt.pipeline import PRODUCTS
 from anncvt.program import LayerPlan, Plan, Program
 
-ROLES = {"teacher": "teacher (CNN)", "student": "student (adders)"}
+#: Names of :data:`anncvt.layer_costs.NETWORKS` whose numbers are of one width.
+COSTED = {"cnn-fp32": "CNN, 32-bit floats", "adders-fp32": "adders, 32-bit floats", "cnn-int8": "CNN, 8-bit integers"}
+ROLES = {"teacher": "teacher (CNN)", "student": "student (adders)", "integer": "integers"}
 
 
 def accuracy(measured: dict[str, Any]) -> RenderableType:
     """What :func:`anncvt.evaluate` returns."""
     table = _table("network", top1="top-1 %", top5="top-5 %", drop="drop")
-    for role in ("teacher", "student"):
+    for role in ROLES:
         if role in measured:
             drop = measured["teacher"]["top1"] - measured[role]["top1"]
             shown = "" if role == "teacher" else f"{drop:.2f}"
-            table.add_row(ROLES[role], f"{measured[role]['top1']:.2f}", f"{measured[role]['top5']:.2f}", shown)
+            name = f"{ROLES[role]}, {measured[role]['bits']} bits" if role == "integer" else ROLES[role]
+            table.add_row(name, f"{measured[role]['top1']:.2f}", f"{measured[role]['top5']:.2f}", shown)
     return Group(table, f"{measured['images']} images of {escape(measured['data'])}")
 
 
@@ -82,6 +85,42 @@ def parity(result: dict[str, Any]) -> RenderableType:
         table.add_row(name, f"{row['max_abs']:.2e}", f"{row['max_rel']:.2e}", f"{row['top1_agreement']:.2f}")
     verdict = "[green]equal to torch[/]" if result["ok"] else "[red]NOT equal to torch[/]"
     return Group(table, f"{verdict} on {result['images']} images of {escape(result['data'])}{_missing(result)}")
+
+
+def integers(result: dict[str, Any]) -> RenderableType:
+    """What :func:`anncvt.quantize` returns, without the accuracy."""
+    table = _table("layer", op=False, output=False, scale="scale", zero="zero", bits="bits", width="accumulator bits")
+    for row in result["layers"]:
+        table.add_row(
+            escape(row["name"]),
+            row["op"],
+            "x".join(map(str, row["shape"])),
+            f"{row['scale']:.4g}",
+            str(row["zero"]),
+            str(row["bits"]),
+            str(row.get("accumulator_bits", "")),
+        )
+    return table
+
+
+def equality(result: dict[str, Any], *, layers: bool = False) -> RenderableType:
+    """What :func:`anncvt.api.check_integers` returns, with ``layers`` one row each."""
+    backends = result["backends"]
+    if layers:
+        table = _table("layer", **dict.fromkeys(backends, False))
+        for name in result["layers"]:
+            table.add_row(escape(name), *(_equal(name not in row["different"]) for row in backends.values()))
+    else:
+        table = _table("execution", layers="layers equal")
+        for name, row in backends.items():
+            count = len(result["layers"])
+            table.add_row(name, f"{count - len(row['different'])} of {count}")
+    verdict = f"{_equal(result['ok'])} to the {result['reference']} reference, bit for bit"
+    return Group(table, f"{verdict}, on {result['images']} images of {escape(result['data'])}{_missing(result)}")
+
+
+def _equal(same: bool) -> str:
+    return "[green]equal[/]" if same else "[red]NOT equal[/]"
 
 
 def latency(result: dict[str, Any]) -> RenderableType:
@@ -156,6 +195,41 @@ def program(facts: dict[str, Any]) -> RenderableType:
     if facts["accuracy"]:
         parts.insert(1, accuracy(facts["accuracy"]))
     return Group(*parts)
+
+
+def layers(facts: dict[str, Any]) -> RenderableType:
+    """Every layer of a :func:`anncvt.facts.gather`: how it does, and its arithmetic in hardware."""
+    table = _table("layer", kind=False, r2="R^2", error="error", weights=False, cnn="CNN int8 uJ", adders="integers uJ")
+    inspected = {row["name"]: row for row in facts["layers"]["layers"]}
+    networks = facts["costs"]["networks"]
+    for cnn, adders in zip(networks["cnn-int8"]["layers"], networks["adders-int"]["layers"], strict=True):
+        row = inspected.get(cnn["name"], {})
+        weights = row.get("weights")
+        table.add_row(
+            escape(cnn["name"]),
+            adders["kind"],
+            *(f"{row[key]:.3f}" if key in row else "" for key in ("r2", "error")),
+            "" if not weights else "Laplace" if weights["laplace"] > weights["gaussian"] else "Gaussian",
+            f"{cnn['compute_uj']:.3g}",
+            f"{adders['compute_uj']:.3g}",
+        )
+    return table
+
+
+def energy(found: dict[str, Any]) -> RenderableType:
+    """What :func:`anncvt.layer_costs.costs` returns."""
+    columns = {"adds": "adds", "muls": "multiplies", "shifts": "shifts", "moved": "bytes moved"}
+    table = _table("an image in hardware", **columns, compute="arithmetic uJ", memory="memory uJ")
+    for name, row in found["networks"].items():
+        table.add_row(
+            f"adders, {found['bits']}-bit integers" if name == "adders-int" else COSTED[name],
+            *(count(row[key]) for key in ("adds", "multiplies", "shifts")),
+            count(row["weight_bytes"] + row["activation_bytes"]),
+            f"{row['compute_uj']:.3g}",
+            f"{row['memory_uj']:.3g}",
+        )
+    source = f"{found['table']['name']}: {found['table']['citation']}. Not the energy of a CPU or a GPU."
+    return Group(table, escape(source))
 
 
 def count(number: float) -> str:

@@ -97,7 +97,7 @@ def reader(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def execute(node: fx.Node, network: nn.Module, values: Values, shared: Container[int]) -> Any:
+def execute(node: fx.Node, network: nn.Module, values: Values, shared: Container[int] = ()) -> Any:
     """Compute ``node``; tensors whose storage is ``shared`` with what is remembered are not changed in place."""
     module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
 

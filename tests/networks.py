@@ -130,3 +130,44 @@ class DeformConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, :1].expand(-1, 4, -1, -1) * self.weight.sum()
+
+
+class ZeroPadded(nn.Module):
+    """A residual block whose shortcut takes every second pixel and pads channels with zeros (CIFAR ResNets)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(4)
+        self.conv1 = nn.Conv2d(4, 8, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.stem(x)))
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        x = F.relu(F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)) + y)
+        return self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+class Inverted(nn.Module):
+    """An inverted residual: pointwise, depthwise with padding on two sides, ReLU6, a signed sum, pools, a wide head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, 1, 1), nn.BatchNorm2d(6), nn.ReLU6(inplace=True))
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.expand = nn.Sequential(nn.Conv2d(6, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU6(inplace=True))
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(12, 12, 3, 1, 0, groups=12, bias=False), nn.BatchNorm2d(12), nn.ReLU6(inplace=True)
+        )
+        self.project = nn.Sequential(nn.Conv2d(12, 6, 1, bias=False), nn.BatchNorm2d(6))
+        self.average = nn.AvgPool2d(2)
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(24, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.stem(x))
+        x = x + self.project(self.depthwise(F.pad(self.expand(x), (1, 1, 0, 2))))
+        return self.classifier(self.average(x).view(x.size(0), -1))

@@ -75,8 +75,17 @@ NETWORK = "anncvt.runtime.kernels.network"
 FLOORS = [
     {"anncvt.cli", "anncvt.__main__"},
     {"anncvt.api"},
+    {"anncvt.page"},
+    {"anncvt.facts", "anncvt.quantization"},
     {"anncvt.report", "anncvt.pkkd", "anncvt.pipeline"},
-    {"anncvt.runtime.onnx", "anncvt.runtime.check", "anncvt.runtime.bench", "anncvt.runtime.tvm", NETWORK},
+    {
+        "anncvt.runtime.onnx",
+        "anncvt.runtime.check",
+        "anncvt.runtime.check_integers",
+        "anncvt.runtime.bench",
+        "anncvt.runtime.tvm",
+        NETWORK,
+    },
     {name for name in MODULES if name.startswith("anncvt.passes")},
     {"anncvt.folder"},
     {"anncvt.loading", "anncvt.data"},

@@ -95,7 +95,8 @@ def used(python: Path, outside: Path) -> str:
 def test_contents(built):
     wheel, sdist = built
     inside = set(zipfile.ZipFile(wheel).namelist())
-    assert sources() <= inside and "anncvt/py.typed" in inside
+    assert sources() <= inside and {"anncvt/py.typed", "anncvt/page.css"} <= inside
+    assert {f"anncvt/runtime/chip/{path.name}" for path in (ROOT / "runtime" / "chip").iterdir()} <= inside
     assert not any(name.startswith(("passes/", "runtime/", "tests/")) for name in inside)
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}

@@ -1,0 +1,331 @@
+"""Which piece of an integer network each operator of a float network is, or why it is none."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from anncvt.nn import AdderConv2d, _AdderNd
+from anncvt.passes.pieces import Fuser, Pieces, flat_graph, node_values, refused
+from anncvt.program import Program
+from anncvt.runtime.integer import Window
+from anncvt.runtime.integer_network import INPUT
+
+
+def pieces_of(program: Program) -> Pieces:
+    """The pieces of the student.
+
+    Raises:
+        AnncvtError: the network cannot be traced, or has an operator that integer networks do not have.
+    """
+    assert program.student is not None
+    graph = flat_graph(program.student)
+    dtype = next(program.student.parameters()).dtype
+    sample = torch.zeros(1, *program.preprocess.input_size, dtype=dtype)
+    fuser = Fuser(graph, node_values(graph, program.student, sample))
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if fuser.tensors:
+                raise refused(node, "is a second input")
+            fuser.tensors[node] = INPUT
+        elif node.op == "output":
+            _finish(fuser, node)
+        elif isinstance(fuser.values[node], Tensor):
+            _add(fuser, node, program.student)
+    return fuser.pieces
+
+
+def _finish(fuser: Fuser, node: fx.Node) -> None:
+    result = node.args[0]
+    if not isinstance(result, fx.Node) or not isinstance(fuser.values.get(result), Tensor):
+        raise refused(node, "returns something else than one tensor")
+    last = fuser.pieces.order[-1] if fuser.pieces.order else None
+    if last is None or fuser.tensors[result] != last.name or last.scale is None or last.shape[1:] != (1, 1):
+        raise refused(result, "is the output and no row of class scores")
+
+
+def _add(fuser: Fuser, node: fx.Node, network: nn.Module) -> None:
+    if node.op == "call_module":
+        module = network.get_submodule(str(node.target))
+        for kind, handler in _MODULES:
+            if isinstance(module, kind):
+                handler(fuser, node, _tensor(node), module)
+                return
+        raise refused(node, f"is a {type(module).__name__}")
+    function = _METHODS.get(str(node.target)) if node.op == "call_method" else _FUNCTIONS.get(cast(Any, node.target))
+    if function is None:
+        raise refused(node, "is not an operator that integer networks have")
+    function(fuser, node)
+
+
+def _tensor(node: fx.Node) -> fx.Node:
+    """The tensor an operator works on."""
+    source = node.args[0] if node.args else node.kwargs.get("input")
+    if not isinstance(source, fx.Node):
+        raise refused(node, "works on no tensor of the network")
+    return source
+
+
+def _argument(node: fx.Node, at: int, name: str, default: Any = None) -> Any:
+    return node.args[at] if len(node.args) > at else node.kwargs.get(name, default)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().double()
+
+
+def _window(module: Any, padding: tuple[int, int, int, int]) -> Window:
+    return Window(_pair(module.stride), padding, _pair(module.dilation), module.groups)
+
+
+def _adder(fuser: Fuser, node: fx.Node, source: fx.Node, module: _AdderNd) -> None:
+    if not isinstance(module, AdderConv2d) or module.padding_mode != "zeros":
+        raise refused(node, f"is a {type(module).__name__} with padding_mode {module.padding_mode!r}")
+    (top, bottom), (left, right) = module.padding
+    _layer(fuser, node, source, "adder", module, _window(module, (top, left, bottom, right)))
+    if module.norm is not None:
+        piece = fuser.pieces[fuser.tensors[node]]
+        scale, shift = _line(cast(_BatchNorm, module.norm))
+        assert piece.scale is not None and piece.shift is not None
+        piece.scale, piece.shift = piece.scale * scale, piece.shift * scale + shift
+
+
+def _convolution(fuser: Fuser, node: fx.Node, source: fx.Node, module: nn.Conv2d) -> None:
+    if type(module).forward is not nn.Conv2d.forward or module.padding_mode != "zeros":
+        raise refused(node, f"is a {type(module).__name__} with padding_mode {module.padding_mode!r}")
+    if isinstance(module.padding, str):  # "same" puts the odd pixel behind
+        reach = [d * (k - 1) for d, k in zip(_pair(module.dilation), module.kernel_size, strict=True)]
+        reach = reach if module.padding == "same" else [0, 0]
+        sides = (reach[0] // 2, reach[1] // 2, reach[0] - reach[0] // 2, reach[1] - reach[1] // 2)
+    else:
+        sides = _pair(module.padding) * 2
+    _layer(fuser, node, source, "convolution", module, _window(module, sides))
+
+
+def _linear(fuser: Fuser, node: fx.Node, source: fx.Node, module: nn.Linear) -> None:
+    if fuser.values[source].ndim != 2:
+        raise refused(node, "is a Linear layer over something else than a row an image")
+    _layer(fuser, node, source, "convolution", module, Window())
+
+
+def _layer(fuser: Fuser, node: fx.Node, source: fx.Node, op: str, module: Any, window: Window) -> None:
+    weight = _double(module.weight)
+    weight = weight[:, :, None, None] if weight.ndim == 2 else weight
+    shift = torch.zeros(len(weight), dtype=torch.float64) if module.bias is None else _double(module.bias)
+    scale = torch.ones(len(weight), dtype=torch.float64)
+    kernel = (weight.shape[2], weight.shape[3])
+    fuser.begin(node, op, source, window=window, kernel=kernel, weight=weight, scale=scale, shift=shift)
+
+
+def _norm(fuser: Fuser, node: fx.Node, source: fx.Node, module: _BatchNorm) -> None:
+    if module.running_mean is None:
+        raise refused(node, "is a BatchNorm without running statistics")
+    fuser.affine(node, source, *_line(module))
+
+
+def _line(bn: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """A BatchNorm in eval mode as ``scale * x + shift``."""
+    assert bn.running_mean is not None and bn.running_var is not None
+    scale = 1 / torch.sqrt(_double(bn.running_var) + bn.eps)
+    if bn.weight is not None:
+        scale = scale * _double(bn.weight)
+    shift = -scale * _double(bn.running_mean)
+    return scale, shift if bn.bias is None else shift + _double(bn.bias)
+
+
+def _clip(low: float, high: float) -> Callable[..., None]:
+    def handler(fuser: Fuser, node: fx.Node, source: fx.Node | None = None, module: Any = None) -> None:
+        fuser.clip(node, source or _tensor(node), low, high)
+
+    return handler
+
+
+def _clamp(fuser: Fuser, node: fx.Node, low: Any, high: Any) -> None:
+    if not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
+        raise refused(node, "clamps to something else than numbers")
+    fuser.clip(node, _tensor(node), -math.inf if low is None else low, math.inf if high is None else high)
+
+
+def _clamp_function(fuser: Fuser, node: fx.Node) -> None:
+    _clamp(fuser, node, _argument(node, 1, "min"), _argument(node, 2, "max"))
+
+
+def _hardtanh_function(fuser: Fuser, node: fx.Node) -> None:
+    _clamp(fuser, node, _argument(node, 1, "min_val", -1.0), _argument(node, 2, "max_val", 1.0))
+
+
+def _same(fuser: Fuser, node: fx.Node, source: fx.Node | None = None, module: Any = None) -> None:
+    fuser.same(node, source or _tensor(node))
+
+
+def _sum(fuser: Fuser, node: fx.Node) -> None:
+    first, second = (node.args + tuple(node.kwargs.values()))[:2]
+    if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or node.kwargs.get("alpha", 1) != 1:
+        raise refused(node, "adds something else than two tensors")
+    fuser.add(node, first, second)
+
+
+def _mean(fuser: Fuser, node: fx.Node) -> None:
+    dims = _argument(node, 1, "dim")
+    source = _tensor(node)
+    ndim = fuser.values[source].ndim
+    if ndim != 4 or not isinstance(dims, (tuple, list)) or sorted(d % 4 for d in dims) != [2, 3]:
+        raise refused(node, "is a mean over other dimensions than height and width")
+    _average(fuser, node, source, fuser.shape(source)[1:], Window())
+
+
+def _average(fuser: Fuser, node: fx.Node, source: fx.Node, kernel: tuple[int, int], window: Window) -> None:
+    channels = fuser.shape(source)[0]
+    scale = torch.full((channels,), 1 / (kernel[0] * kernel[1]), dtype=torch.float64)
+    shift = torch.zeros(channels, dtype=torch.float64)
+    fuser.begin(node, "sum_pool", source, window=window, kernel=kernel, scale=scale, shift=shift)
+
+
+def _adaptive(fuser: Fuser, node: fx.Node, source: fx.Node) -> None:
+    size, wanted = fuser.shape(source)[1:], fuser.shape(node)[1:]
+    if size[0] % wanted[0] or size[1] % wanted[1]:
+        raise refused(node, f"averages {size[0]}x{size[1]} pixels to {wanted[0]}x{wanted[1]}, windows of unequal size")
+    kernel = (size[0] // wanted[0], size[1] // wanted[1])
+    _average(fuser, node, source, kernel, Window(stride=kernel))
+
+
+def _average_pool(fuser: Fuser, node: fx.Node, source: fx.Node, options: dict[str, Any]) -> None:
+    kernel, padding = _pair(options["kernel_size"]), _pair(options["padding"])
+    if options["ceil_mode"] or options["divisor_override"] or (any(padding) and not options["count_include_pad"]):
+        raise refused(node, "averages windows of unequal size")
+    _average(fuser, node, source, kernel, Window(_pair(options["stride"] or kernel), padding * 2))
+
+
+def _max_pool(fuser: Fuser, node: fx.Node, source: fx.Node, options: dict[str, Any]) -> None:
+    kernel, padding = _pair(options["kernel_size"]), _pair(options["padding"])
+    if options["ceil_mode"] or options["return_indices"]:
+        raise refused(node, "is a max pooling with ceil_mode or indices")
+    window = Window(_pair(options["stride"] or kernel), padding * 2, _pair(options["dilation"]))
+    fuser.begin(node, "max_pool", source, window=window, kernel=kernel)
+
+
+_AVERAGE = {
+    "kernel_size": None,
+    "stride": None,
+    "padding": 0,
+    "ceil_mode": False,
+    "count_include_pad": True,
+    "divisor_override": None,
+}
+_MAX = {
+    "kernel_size": None,
+    "stride": None,
+    "padding": 0,
+    "dilation": 1,
+    "ceil_mode": False,
+    "return_indices": False,
+}
+_Pool = Callable[[Fuser, fx.Node, fx.Node, dict[str, Any]], None]
+
+
+def _pool_module(handler: _Pool, options: dict[str, Any]) -> Callable[..., None]:
+    def from_module(fuser: Fuser, node: fx.Node, source: fx.Node, module: nn.Module) -> None:
+        handler(fuser, node, source, {name: getattr(module, name) for name in options})
+
+    return from_module
+
+
+def _pool_function(handler: _Pool, options: dict[str, Any]) -> Callable[..., None]:
+    def from_call(fuser: Fuser, node: fx.Node) -> None:
+        given = {name: _argument(node, at, name, default) for at, (name, default) in enumerate(options.items(), 1)}
+        handler(fuser, node, _tensor(node), given)
+
+    return from_call
+
+
+def _reshape(fuser: Fuser, node: fx.Node, source: fx.Node | None = None, module: Any = None) -> None:
+    """Any view that keeps the batch: ``[N, C, H, W]`` to ``[N, C*H*W]``, or nothing but ones appear or vanish."""
+    source = source or _tensor(node)
+    before, after = fuser.shape(source), fuser.shape(node)
+    if fuser.values[source].shape[0] != fuser.values[node].shape[0] or after not in (before, (math.prod(before), 1, 1)):
+        raise refused(node, "is another view than flattening to a row an image")
+    if before == after:
+        fuser.same(node, source)
+    else:
+        fuser.begin(node, "flatten", source)
+
+
+def _pad(fuser: Fuser, node: fx.Node) -> None:
+    sides, mode, value = (_argument(node, *a) for a in ((1, "pad"), (2, "mode", "constant"), (3, "value", 0)))
+    _zeros(fuser, node, _tensor(node), sides, mode == "constant" and not value)
+
+
+def _pad_module(fuser: Fuser, node: fx.Node, source: fx.Node, module: nn.ConstantPad2d) -> None:
+    _zeros(fuser, node, source, module.padding, not module.value)
+
+
+def _zeros(fuser: Fuser, node: fx.Node, source: fx.Node, sides: Any, zero: bool) -> None:
+    left, right, top, bottom, front, behind = (*sides, 0, 0, 0, 0)[:6]
+    if not zero or len(sides) > 6 or min(sides) < 0 or fuser.values[source].ndim != 4:
+        raise refused(node, "pads with something else than zeros, or crops")
+    window = Window(padding=(top, left, bottom, right))
+    fuser.begin(node, "pad", source, window=window, channels=(front, behind))
+
+
+def _item(fuser: Fuser, node: fx.Node) -> None:
+    """``x[:, :, ::2, ::2]``."""
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    whole = slice(None)
+    index = (*index, *(whole,) * (4 - len(index)))
+    steps = [part.step or 1 for part in index[2:] if isinstance(part, slice) and part.start in (None, 0)]
+    ends = [part.stop is None for part in index if isinstance(part, slice)]
+    if index[:2] != (whole, whole) or len(steps) != 2 or len(ends) != 4 or not all(ends) or min(steps) < 1:
+        raise refused(node, "takes a part of a tensor other than every n-th pixel")
+    fuser.begin(node, "slice", _tensor(node), window=Window(stride=(steps[0], steps[1])))
+
+
+_MODULES: list[tuple[Any, Callable[..., None]]] = [
+    (_AdderNd, _adder),
+    (nn.Conv2d, _convolution),
+    (nn.Linear, _linear),
+    ((nn.BatchNorm1d, nn.BatchNorm2d), _norm),
+    (nn.ReLU6, _clip(0.0, 6.0)),
+    (nn.ReLU, _clip(0.0, math.inf)),
+    (nn.Hardtanh, lambda fuser, node, source, module: fuser.clip(node, source, module.min_val, module.max_val)),
+    ((nn.Identity, nn.Dropout, nn.Dropout2d), _same),
+    (nn.Flatten, _reshape),
+    (nn.AdaptiveAvgPool2d, lambda fuser, node, source, module: _adaptive(fuser, node, source)),
+    (nn.AvgPool2d, _pool_module(_average_pool, _AVERAGE)),
+    (nn.MaxPool2d, _pool_module(_max_pool, _MAX)),
+    (nn.ConstantPad2d, _pad_module),
+]
+_RELU, _RELU6 = _clip(0.0, math.inf), _clip(0.0, 6.0)
+_FUNCTIONS: dict[Any, Callable[[Fuser, fx.Node], None]] = {
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_), _RELU),
+    F.relu6: _RELU6,
+    F.hardtanh: _hardtanh_function,
+    **dict.fromkeys((torch.clamp, torch.clip), _clamp_function),
+    **dict.fromkeys((operator.add, operator.iadd, torch.add), _sum),
+    torch.mean: _mean,
+    **dict.fromkeys((torch.flatten, torch.reshape, torch.squeeze), _reshape),
+    F.adaptive_avg_pool2d: lambda fuser, node: _adaptive(fuser, node, _tensor(node)),
+    **dict.fromkeys((F.avg_pool2d, torch._C._nn.avg_pool2d), _pool_function(_average_pool, _AVERAGE)),
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _pool_function(_max_pool, _MAX)),
+    **dict.fromkeys((F.dropout, F.dropout2d), _same),
+    **dict.fromkeys((F.pad, torch._C._nn.pad), _pad),
+    operator.getitem: _item,
+}
+_METHODS: dict[str, Callable[[Fuser, fx.Node], None]] = {
+    **dict.fromkeys(("relu", "relu_"), _RELU),
+    **dict.fromkeys(("clamp", "clamp_", "clip"), _clamp_function),
+    **dict.fromkeys(("add", "add_"), _sum),
+    "mean": _mean,
+    **dict.fromkeys(("flatten", "view", "reshape", "squeeze"), _reshape),
+    "contiguous": _same,
+}

@@ -1,0 +1,134 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Awkward, Inverted, Mobile, Residual, ZeroPadded
+from quantized import adder_program, noise
+from torch import nn
+
+from anncvt.errors import AnncvtError
+from anncvt.passes.pieces_of import pieces_of
+from anncvt.runtime import fallback
+from anncvt.runtime.integer_network import INPUT
+
+
+def evaluated(pieces, x):
+    """The pieces in real numbers: what fusing must not have changed."""
+    values = {INPUT: x.double()}
+    for piece in pieces.order:
+        source = values[piece.inputs[0]]
+        top, left, bottom, right = piece.window.padding
+        padded = F.pad(source, (left, right, top, bottom, *piece.channels))
+        geometry = (piece.window.stride, (0, 0), piece.window.dilation, piece.window.groups)
+        if piece.op == "adder":
+            y = fallback.forward(padded, piece.weight, *geometry)
+        elif piece.op == "convolution":
+            y = F.conv2d(padded, piece.weight, None, geometry[0], 0, geometry[2], geometry[3])
+        elif piece.op == "sum_pool":
+            y = F.avg_pool2d(padded, piece.kernel, piece.window.stride) * piece.kernel[0] * piece.kernel[1]
+        elif piece.op == "max_pool":
+            y = F.max_pool2d(source, piece.kernel, piece.window.stride, piece.window.padding[:2])
+        elif piece.op == "slice":
+            y = source[:, :, :: piece.window.stride[0], :: piece.window.stride[1]]
+        else:
+            y = {"pad": padded, "rescale": source, "flatten": source.flatten(1)[:, :, None, None]}[piece.op]
+        if piece.scale is not None:
+            y = y * piece.scale.view(-1, 1, 1) + piece.shift.view(-1, 1, 1)
+            y = y if piece.residual is None else y + values[piece.residual]
+            y = y.clamp(piece.low, piece.high)
+        values[piece.name] = y
+    return y.flatten(1)
+
+
+class Preactivated(nn.Module):
+    """BatchNorm and ReLU before the layers, sums that are read twice, a tensor added to itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn1, self.conv1 = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding="same")
+        self.bn2, self.conv2 = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.conv1(self.bn1(x).relu())
+        x = torch.add(x, self.conv2(F.hardtanh(self.bn2(x))))
+        x = (x + x).clamp(min=-2)
+        return self.head(x.mean((-1, -2), keepdim=True).flatten(1))
+
+
+@pytest.mark.parametrize("cnn", [Residual, ZeroPadded, Inverted, Preactivated])
+def test_pieces_compute_what_the_network_does(cnn):
+    program = adder_program(cnn(), 8)
+    pieces = pieces_of(program)
+    x = noise(4, (3, 8, 8)).batch(torch.arange(4), program.preprocess)
+    with torch.no_grad():
+        torch.testing.assert_close(evaluated(pieces, x).float(), program.student(x), rtol=1e-4, atol=1e-4)
+
+
+def test_norm_residual_and_activation_are_fused():
+    pieces = pieces_of(adder_program(Residual(), 8))
+    assert [piece.op for piece in pieces.order] == [
+        "convolution", "adder", "adder", "adder", "sum_pool", "convolution"
+    ]  # fmt: skip
+    last_adder = pieces["down.0"]
+    assert last_adder.residual == "conv2" and last_adder.low == 0 and not pieces["conv2"].active
+
+
+def test_memory_operations_keep_the_grid_of_their_input():
+    pieces = pieces_of(adder_program(ZeroPadded(), 8))
+    residual = pieces["conv2"].residual
+    assert pieces[residual].op == "pad" and pieces.grid_owner(residual) == "stem"
+
+
+class Refused(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.body = body
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.body(self.conv(self.stem(x))).mean((2, 3)))
+
+
+class Call(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (nn.Hardswish(), "Hardswish"),
+        (nn.GroupNorm(2, 4), "GroupNorm"),
+        (nn.MaxPool2d(2, ceil_mode=True), "ceil_mode"),
+        (nn.AvgPool2d(3, 2, 1, count_include_pad=False), "unequal"),
+        (nn.AdaptiveAvgPool2d(3), "unequal"),
+        (Call(lambda x: torch.cat([x, x], 2)), "cat"),
+        (Call(lambda x: x * 2), "mul"),
+        (Call(lambda x: x + 1), "two tensors"),
+        (Call(lambda x: x[:, :, 1:]), "every n-th pixel"),
+        (Call(lambda x: torch.chunk(x, 1, 1)[0]), "getitem"),
+        (Call(lambda x: x + x.mean((2, 3), keepdim=True)), "different shapes"),
+        (nn.Linear(8, 8), "Linear layer over"),
+        (Call(lambda x: F.pad(x, (1, 1), value=2.0)), "zeros"),
+        (Call(lambda x: x.relu() + x.relu_()), "overwrites"),
+        (Call(lambda x: x.mean(1, keepdim=True).expand(-1, 4, -1, -1)), "mean"),
+        (Call(lambda x: x if x.sum() > 0 else -x), "cannot be traced"),
+    ],
+)
+def test_what_integers_do_not_have_is_refused_by_name(body, named):
+    with pytest.raises(AnncvtError, match=named) as raised:
+        pieces_of(adder_program(Refused(body), 8))
+    assert raised.value.fix
+
+
+@pytest.mark.parametrize(("cnn", "size"), [(Mobile, 16), (Awkward, 6)])
+def test_gates_and_control_flow_are_refused(cnn, size):
+    with pytest.raises(AnncvtError, match=r"integer networks|traced"):
+        pieces_of(adder_program(cnn(), size))

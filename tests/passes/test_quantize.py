@@ -1,0 +1,134 @@
+import numpy as np
+import pytest
+import torch
+from networks import Inverted, Residual, ZeroPadded
+from quantized import adder_program, noise
+from torch import nn
+
+from anncvt.errors import AnncvtError
+from anncvt.passes.pieces_of import pieces_of
+from anncvt.passes.quantize import QuantizeConfig, quantize
+from anncvt.runtime import integer_torch
+
+CALIBRATION, TEST = noise(48, (3, 8, 8)), noise(32, (3, 8, 8), 1)
+
+
+def agreement(program, config):
+    """Correlation of integer and float logits."""
+    network = quantize(program, CALIBRATION, config)
+    with torch.no_grad():
+        expected = program.student(TEST.batch(torch.arange(len(TEST)), program.preprocess))
+    found = network.steps[-1].grid.scale * integer_torch.run(network, TEST.pixels)
+    return float(torch.corrcoef(torch.stack([expected.flatten(), found.flatten()]))[0, 1])
+
+
+@pytest.mark.parametrize("cnn", [Residual, ZeroPadded, Inverted])
+@pytest.mark.parametrize(
+    ("config", "least"),
+    [
+        (QuantizeConfig(), 0.995),
+        (QuantizeConfig(range="percentile"), 0.995),
+        (QuantizeConfig(range="entropy"), 0.98),
+        (QuantizeConfig(power_of_two=True), 0.99),
+        (QuantizeConfig(fit=False), 0.99),
+        (QuantizeConfig(groups=2), 0.99),
+        (QuantizeConfig(bits=6), 0.98),
+        (QuantizeConfig(bits=4), 0.9),
+    ],
+)
+def test_the_integers_compute_what_the_student_does(cnn, config, least):
+    assert agreement(adder_program(cnn(), 8), config) > least
+
+
+def test_fewer_bits_where_only_adders_read():
+    network = quantize(adder_program(Residual(), 8), CALIBRATION, QuantizeConfig(bits=4))
+    bits = {step.name: step.grid.bits for step in network.steps}
+    assert bits == {"stem": 4, "conv1": 4, "conv2": 8, "down.0": 8, "mean": 8, "head": 32}
+    mixed = quantize(adder_program(ZeroPadded(), 8), CALIBRATION, QuantizeConfig(bits=4))
+    assert mixed.step("stem").grid.bits == 8 and mixed.step("conv1").inputs == ("stem@4",)
+    for step in mixed.steps:
+        if step.op == "adder":
+            assert step.weight.max() <= 15
+
+
+def test_layers_that_read_one_tensor_share_its_grid():
+    network = quantize(adder_program(Residual(), 8), CALIBRATION)
+    assert network.step("conv1").inputs == network.step("down.0").inputs == ("stem",)
+
+
+def test_weights_outside_the_range_are_clamped_without_loss():
+    """Far weights shift a filter by a constant; the integers must not see them differently from clamped ones."""
+    program = adder_program(Residual(), 8)
+    near = quantize(program, CALIBRATION, QuantizeConfig(fit=False))
+    grid = near.step("stem").grid
+    conv1, bn1 = program.student.conv1, program.student.bn1
+    with torch.no_grad():
+        conv1.weight[0, 0, 0, 0] = grid.high
+        reference = quantize(program, CALIBRATION, QuantizeConfig(fit=False)).step("conv1")
+        conv1.weight[0, 0, 0, 0] = grid.high + 7
+        bn1.running_mean[0] -= 7  # what the constant is
+    far = quantize(program, CALIBRATION, QuantizeConfig(fit=False)).step("conv1")
+    assert np.array_equal(far.weight, reference.weight)
+    assert np.array_equal(far.epilogue.multiplier, reference.epilogue.multiplier)
+    assert np.abs(far.epilogue.bias - reference.epilogue.bias).max() <= 1
+
+
+def test_padding_is_exactly_zero():
+    network = quantize(adder_program(Inverted(), 8), CALIBRATION)
+    for step in network.steps:
+        for name, value in zip(step.inputs, step.pad_values, strict=False):
+            grid = network.input_grid if name == "input" else network.step(name).grid
+            assert grid.values(np.array(value)) == 0
+
+
+def test_filter_groups_have_grids_of_their_own():
+    network = quantize(adder_program(Residual(), 8), CALIBRATION, QuantizeConfig(groups=3))
+    step = network.step("conv2")
+    assert 1 < len(step.inputs) <= 3 and set(step.filter_group) == set(range(len(step.inputs)))
+    assert all(network.step(name).op == "rescale" for name in step.inputs)
+
+
+def test_powers_of_two():
+    network = quantize(adder_program(ZeroPadded(), 8), CALIBRATION, QuantizeConfig(power_of_two=True, bits=6))
+    for step in network.steps:
+        assert np.frexp(step.grid.scale)[0] == 0.5
+        if step.residual is not None:
+            assert bin(step.epilogue.residual_multiplier).count("1") == 1
+
+
+def test_the_same_images_give_the_same_integers():
+    program = adder_program(Inverted(), 8)
+    first, second = (quantize(program, CALIBRATION, QuantizeConfig(bits=5)) for _ in range(2))
+    for a, b in zip(first.steps, second.steps, strict=True):
+        assert a.grid == b.grid and (a.weight is None or np.array_equal(a.weight, b.weight))
+        assert a.epilogue is None or np.array_equal(a.epilogue.bias, b.epilogue.bias)
+
+
+def test_an_adder_with_a_norm_and_a_bias_of_its_own():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.conv(self.stem(x).relu()).relu().mean((2, 3)))
+
+    program = adder_program(Bare(), 8)
+    assert program.student.conv.norm is not None and program.student.conv.bias is not None
+    assert agreement(program, QuantizeConfig()) > 0.99
+    assert [piece.op for piece in pieces_of(program).order] == ["convolution", "adder", "sum_pool", "convolution"]
+
+
+@pytest.mark.parametrize("config", [QuantizeConfig(bits=7), QuantizeConfig(groups=0), QuantizeConfig(range="all")])
+def test_impossible_choices_are_told(config):
+    with pytest.raises(AnncvtError, match="cannot quantize"):
+        quantize(adder_program(Residual(), 8), CALIBRATION, config)
+
+
+def test_nothing_to_quantize_or_to_calibrate_with_is_told():
+    program = adder_program(Residual(), 8)
+    with pytest.raises(AnncvtError, match="no images"):
+        quantize(program, CALIBRATION.subset([]))
+    program.student = None
+    with pytest.raises(AnncvtError, match="no adder network"):
+        quantize(program, CALIBRATION)

@@ -1,0 +1,79 @@
+import json
+
+import pytest
+
+import anncvt
+from anncvt.cli import cli
+from anncvt.errors import AnncvtError
+from anncvt.measure import DataChoice
+from anncvt.runtime import integer_network
+
+
+def test_quantize_keeps_measures_and_remembers(converted):
+    result = anncvt.quantize(converted, DataChoice("digits", limit=64), bits=6)
+    assert result["settings"]["bits"] == 6 and result["accuracy"]["integer"]["bits"] == 6
+    difference = result["accuracy"]["integer"]["top1"] - result["accuracy"]["student"]["top1"]
+    assert abs(difference) <= 10
+    network = integer_network.load(converted)
+    assert len(network.steps) == len(result["layers"])
+    record = anncvt.load(converted).history[-1]
+    assert record.stage == "quantized" and record.metrics["bits"] == 6
+    again = anncvt.evaluate(converted, DataChoice("digits", limit=64))
+    assert again["integer"] == result["accuracy"]["integer"]
+
+
+def test_other_bits_replace_the_integers(converted):
+    for bits in (8, 4):
+        anncvt.quantize(converted, DataChoice("digits", limit=32), bits=bits)
+        assert integer_network.load(converted).settings["bits"] == bits
+
+
+def test_distilling_further_drops_the_integers(converted):
+    anncvt.quantize(converted, DataChoice("digits", limit=32))
+    anncvt.distill(converted, DataChoice("digits", limit=64), epochs=1, batch_size=32)
+    assert not integer_network.exists(converted)
+
+
+def test_a_program_without_a_folder_is_told(converted):
+    program = anncvt.load(converted)
+    program.folder = None
+    with pytest.raises(AnncvtError, match="no folder"):
+        anncvt.quantize(program, "digits")
+
+
+def test_the_verb_shows_layers_and_accuracy(converted):
+    from click.testing import CliRunner
+
+    arguments = ["quantize", str(converted), "--limit", "32", "--bits", "4", "--range", "percentile"]
+    shown = CliRunner().invoke(cli, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "integers, 4 bits" in shown.output and "accumulator bits" in shown.output
+    told = CliRunner().invoke(cli, ["evaluate", str(converted), "--limit", "32", "--json"])
+    assert json.loads(told.stdout)["integer"]["bits"] == 4
+
+
+def test_the_package_for_hardware(converted, tmp_path):
+    from click.testing import CliRunner
+
+    out = tmp_path / "out"
+    arguments = ["export", str(converted), "--format", "hardware", "-o", str(out), "--golden", "1", "--json"]
+    refused = CliRunner().invoke(cli, arguments)
+    assert refused.exit_code == 1 and "anncvt quantize" in refused.stderr
+    anncvt.quantize(converted, DataChoice("digits", limit=32))
+    shown = CliRunner().invoke(cli, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "reference.c" in json.loads(shown.stdout)["files"]
+    assert json.loads((out / "manifest.json").read_text())["images"] == 1
+
+
+def test_check_compares_integers_layer_by_layer(converted):
+    from click.testing import CliRunner
+
+    refused = CliRunner().invoke(cli, ["check", str(converted), "--int8"])
+    assert refused.exit_code == 1 and "anncvt quantize" in refused.stderr
+    anncvt.quantize(converted, DataChoice("digits", limit=32))
+    shown = CliRunner().invoke(cli, ["check", str(converted), "--int8", "--layers"])
+    assert shown.exit_code == 0 and "bit for bit, on 2 images" in shown.output
+    assert all(step.name in shown.output for step in integer_network.load(converted).steps)
+    assert "layers equal" in CliRunner().invoke(cli, ["check", str(converted), "--int8"]).output
+    assert CliRunner().invoke(cli, ["check", str(converted), "--layers"]).exit_code == 2

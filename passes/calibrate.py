@@ -41,7 +41,7 @@ MEMORY = 4 << 30
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """Hyper-parameters; the defaults are what measured best (benchmarks/RESULTS.md)."""
+    """Hyper-parameters of the stages. The shares of a budget are not tuned."""
 
     layer: LayerFit = field(default_factory=LayerFit)
     block: BlockFit = field(default_factory=BlockFit)

@@ -58,6 +58,8 @@ def collect(
     plan: _Windows | None = None
     seen = 0
     for x, target, residual in chunks:
+        if adder.ndim == 0:
+            x, target, residual = _tokens(x), _tokens(target), None if residual is None else _tokens(residual)
         if plan is None:
             plan = _Windows(adder, x, target, images, memory, residual is not None)
         number = torch.arange(seen, seen + len(x))
@@ -83,13 +85,11 @@ class _Windows:
 
     def __init__(self, adder: _AdderNd, x: Tensor, target: Tensor, images: int, memory: int, residual: bool) -> None:
         self.adder = adder
-        self.side = [min(WINDOW, size) for size in target.shape[2:]]
-        self.reach = [
-            (side - 1) * stride + (kernel - 1) * dilation + 1
-            for side, stride, kernel, dilation in zip(
-                self.side, adder.stride, adder.kernel_size, adder.dilation, strict=True
-            )
-        ]
+        self.side = [min(WINDOW if adder.ndim else 1, size) for size in target.shape[2:]]
+        linear = (1,)
+        self.stride = adder.stride or linear
+        geometry = zip(self.side, self.stride, adder.kernel_size or linear, adder.dilation or linear, strict=True)
+        self.reach = [(side - 1) * stride + (kernel - 1) * dilation + 1 for side, stride, kernel, dilation in geometry]
         self.places = [size - side + 1 for size, side in zip(target.shape[2:], self.side, strict=True)]
         pixels = math.prod(self.side)
         outputs = target.shape[1] * pixels * (2 if residual else 1)
@@ -102,12 +102,18 @@ class _Windows:
         count = len(x) * self.each
         image = torch.arange(len(x)).repeat_interleave(self.each)
         at = [torch.randint(places, (count,), generator=generator) for places in self.places]
-        start = [first * stride for first, stride in zip(at, self.adder.stride, strict=True)]
-        return Examples(
-            _cut(self.adder.padded(x), image, start, self.reach),
-            _cut(target, image, at, self.side),
-            None if residual is None else _cut(residual, image, at, self.side),
-        )
+        start = [first * stride for first, stride in zip(at, self.stride, strict=True)]
+        inputs = _cut(self.adder.padded(x), image, start, self.reach)
+        targets = _cut(target, image, at, self.side)
+        added = None if residual is None else _cut(residual, image, at, self.side)
+        if self.adder.ndim == 0:
+            inputs, targets, added = inputs[..., 0], targets[..., 0], None if added is None else added[..., 0]
+        return Examples(inputs, targets, added)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """What a Linear layer reads or gives, ``[N, *, C]``, as a map ``[N, C, L]``."""
+    return x.reshape(len(x), -1, x.shape[-1]).movedim(-1, 1)
 
 
 def _cut(x: Tensor, image: Tensor, start: list[Tensor], sides: list[int]) -> Tensor:

@@ -25,7 +25,7 @@ from anncvt.passes.schedule import cosine, set_rates, steps_within
 
 @dataclass(frozen=True)
 class BlockFit:
-    """How a block is fitted; the defaults are what measured best (benchmarks/RESULTS.md)."""
+    """How a block is fitted. The rates are close to the best of those tried on one block; the rest is not tuned."""
 
     steps: int = 200
     least_steps: int = 10  # however short the time is

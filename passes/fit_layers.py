@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from anncvt.nn import AdderLinear
 from anncvt.passes.examples import Examples, batches, collect
 from anncvt.passes.initialise import fit_line, map_weights
 from anncvt.passes.objectives import unexplained
@@ -24,8 +22,6 @@ from anncvt.passes.walk import Values, Walk
 
 #: Output pixels on which the norm's line and its statistics are taken, and which are computed at once.
 SETTLING = 65536
-#: Positions of an image that a Linear layer is fitted on.
-LINEAR_POSITIONS = 64
 
 
 @dataclass(frozen=True)
@@ -135,15 +131,7 @@ def _example(
     residual = None if follows.added is None else student[follows.added]
     if follows.added is not None:
         z = z + (teacher[follows.added] - residual)
-    if isinstance(pair.adder, AdderLinear):
-        return _positions(student[source]), _positions(z), None if residual is None else _positions(residual)
     return student[source], z, residual
-
-
-def _positions(x: Tensor) -> Tensor:
-    """``[N, ..., C]`` as ``[N * positions, C]``, evenly spaced ones where there are many: each is an example."""
-    flat = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
-    return flat[:, :: -(-flat.shape[1] // LINEAR_POSITIONS)].flatten(0, 1)
 
 
 def _fit(
@@ -235,7 +223,7 @@ def _outside(pair: Pair, inputs: Tensor) -> float:
     low, high = channels.amin(1), channels.amax(1)
     groups, per_group = pair.adder.groups, pair.adder.weight.shape[1]
     weight = pair.adder.weight.detach().reshape(
-        groups, -1, per_group, math.prod(pair.adder.kernel_size)
-    )  # [G,O/G,C/G,K]
+        groups, pair.adder.out_channels // groups, per_group, -1
+    )  # [G, O/G, C/G, K]
     low, high = (bound.view(groups, 1, per_group, 1) for bound in (low, high))
     return float(((weight <= low) | (weight >= high)).float().mean())

@@ -54,7 +54,8 @@ class LocalFit:
         reached = {str(node.target) for node in graph.nodes if node.op == "call_module"}
         self.paired = [pair for pair in paired if pair.name in reached]
         self.blocks_found = find_blocks(graph, self.paired, shapes, block.layers)
-        self.pixels = {str(node.target): math.prod(shape[2:]) for node, shape in shapes.items()}
+        computed = {str(node.target): math.prod(shape) for node, shape in shapes.items() if node.op == "call_module"}
+        self.pixels = {pair.name: computed[pair.name] // pair.adder.out_channels for pair in self.paired}
         self.order = order[: _images(self.blocks_found, shapes, len(order), memory)]
         chunk = max(2, min(256, memory // (16 * 4 * max(map(math.prod, shapes.values())))))
         self.parts = self.order.split(chunk)

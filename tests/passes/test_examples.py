@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anncvt.nn import AdderConv1d, AdderConv2d
+from anncvt.nn import AdderConv1d, AdderConv2d, AdderLinear
 from anncvt.passes.examples import HELD_OUT, WINDOW, batches, collect
 
 
@@ -39,6 +39,16 @@ def test_other_paddings_and_one_dimension(mode):
         train, _ = collect(adder, [(x, adder(x), None)], 4, 1 << 30, torch.Generator())
         torch.testing.assert_close(adder.response(train.inputs, is_padded=True), train.targets)
     assert train.residual is None
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 7, 5), (6, 2, 3, 5)])
+def test_tokens_of_a_linear_layer_are_rows(shape):
+    adder, x = AdderLinear(5, 4), torch.randn(shape)
+    with torch.no_grad():
+        train, _ = collect(adder, [(x, adder(x), adder(x))], len(x), 1 << 30, torch.Generator())
+        assert train.inputs.shape[1:] == (5,)
+        torch.testing.assert_close(adder.response(train.inputs, is_padded=True), train.targets)
+    torch.testing.assert_close(train.residual, train.targets)
 
 
 def test_memory_bounds_the_windows_and_every_image_has_some():

@@ -103,10 +103,10 @@ def test_rewritten_layers_fit_their_teacher():
     assert isinstance(program.student.hidden[0], AdderLinear) and program.student.hidden[0].norm is None
     assert [pair.name for pair in pairs(program)] == ["widen", "narrow", "hidden.0"]
     images = Images(torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8), None, None, "noise")
-    config = CalibrationConfig(LayerFit(steps=30), BlockFit(steps=2), JointFit(steps=5, batch_size=16))
+    config = CalibrationConfig(LayerFit(steps=30), BlockFit(steps=5), JointFit(steps=5, batch_size=16))
     metrics = calibrate(program, images, config=config).history[-1].metrics
-    fitted = {name: layer["r2"] for name, layer in metrics["layers"].items()}
-    assert set(fitted) == {"widen", "narrow", "hidden.0"} and min(fitted.values()) > 0.3
+    assert set(metrics["layers"]) == {"widen", "narrow", "hidden.0"}
+    assert min(row["r2"] for row in metrics["layers"].values()) > 0.3
     x = torch.randn(3, 3, 8, 8)
     assert program.student(x).shape == (3, 5) and bool(torch.isfinite(program.student(x)).all())
 

@@ -57,6 +57,11 @@ class EnergyTable:
         (a, low), (b, high) = sorted(sorted(curve.items()), key=lambda point: abs(math.log(point[0] / bits)))[:2]
         return low * (bits / a) ** (math.log(high / low) / math.log(b / a))
 
+    def joules(self, adds: int, multiplications: int) -> float:
+        """Of so many additions and multiplications of 32-bit floats, without memory."""
+        terms = (("add", adds), ("multiply", multiplications))
+        return sum(count * self.picojoules(name, 32, floating=True) for name, count in terms) * 1e-12
+
 
 #: Memory: 64 bits from a cache of 1 MB cost 100 pJ, from DRAM 1.3 nJ (the lower end).
 HOROWITZ_45NM = EnergyTable(

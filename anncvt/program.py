@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from anncvt.cost import energy
+from anncvt.energy import HOROWITZ_45NM
 from anncvt.errors import AnncvtError
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ class Plan:
             "swapped_share": swapped / macs if macs else 0.0,
             "adds": adds,
             "muls": muls,
-            "cnn_joules": energy(macs, macs),
-            "joules": energy(adds, muls),
+            "cnn_joules": HOROWITZ_45NM.joules(macs, macs),
+            "joules": HOROWITZ_45NM.joules(adds, muls),
         }
 
     def to_json(self) -> dict[str, Any]:

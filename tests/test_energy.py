@@ -64,3 +64,9 @@ def test_what_is_wrong_with_a_table_is_told(tmp_path, before, after, told):
     assert str(file) in str(raised.value) and raised.value.fix
     with pytest.raises(AnncvtError, match="cannot be read"):
         load_table(tmp_path / "none.toml")
+
+
+def test_energy_of_a_tap():
+    """A convolution's tap is a multiplication and an addition, an adder's two additions."""
+    assert HOROWITZ_45NM.joules(1, 1) == pytest.approx(4.6e-12)
+    assert HOROWITZ_45NM.joules(2, 0) == pytest.approx(1.8e-12)

@@ -350,6 +350,6 @@ class TestConfig:
 
 
 def test_a_closed_pipe_is_silent(converted):
-    command = f"{sys.executable} -m anncvt report {converted} | true"
+    command = f"{sys.executable} -m anncvt report -q {converted} | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=converted.parent)
     assert done.stderr == "" and done.stdout == ""

@@ -16,6 +16,12 @@ def row(model, status, **more):
     return {"model": model, "status": status, "seconds": 1.0, **more}
 
 
+@pytest.fixture(autouse=True)
+def versions(monkeypatch):
+    """Of packages that need not be installed here."""
+    monkeypatch.setattr(coverage, "version", lambda package: "1.2.3")
+
+
 ROWS = [
     row(
         "timm:good",

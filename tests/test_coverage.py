@@ -19,7 +19,7 @@ def row(model, status, **more):
 @pytest.fixture(autouse=True)
 def versions(monkeypatch):
     """Of packages that need not be installed here."""
-    monkeypatch.setattr(coverage, "version", lambda package: "1.2.3")
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "1.2.3")
 
 
 ROWS = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
-import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,7 +127,7 @@ def step_times(batch: int, repeats: int, clock: Callable[[], float]) -> dict[str
 
 
 def step_memory(name: str, batch: int) -> int:
-    """KiB that the steps add to the most a fresh process ever held (kernels compiled before count in none)."""
+    """KiB that a step holds at its most, on top of what a fresh process with the network has before it."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_growth, (name, batch))
 
@@ -135,10 +135,17 @@ def step_memory(name: str, batch: int) -> int:
 def _growth(name: str, batch: int) -> int:
     step_of(name, 2)()  # loads libraries and kernels
     step = step_of(name, batch)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+    before = _status("VmRSS")
     for _ in range(3):
         step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    """A figure of /proc/self/status in KiB."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def print_row(name: str, times: dict[str, float], ops: int = 0) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from killing import killed_and_resumed
 from networks import Awkward, Mobile, Residual
-from recorder import Notes, Recorder
+from recorder import Recorder
 
 from anncvt.errors import AnncvtError
 from anncvt.images import Images, normalise
@@ -127,11 +127,11 @@ def test_an_interrupted_calibration_goes_on_as_if_nothing_had_happened(at, tmp_p
     network = Residual()
     whole, cut, resumed = (_program(copy.deepcopy(network)) for _ in range(3))
     calibrate(whole, _images(), config=QUICK)
-    recorder = Notes()
+    recorder = Recorder()
     recorder.on_advance = _interrupt_at(at)
     with pytest.raises(KeyboardInterrupt):
         calibrate(cut, _images(), config=QUICK, folder=tmp_path, progress=recorder)
-    assert "interrupted" in recorder.lines[-1] and ("kept" in recorder.lines[-1]) == (at > 1)
+    assert "interrupted" in recorder.notes[-1] and ("kept" in recorder.notes[-1]) == (at > 1)
     calibrate(resumed, _images(), config=QUICK, folder=tmp_path, resume=True)
     expected, got = whole.student.state_dict(), resumed.student.state_dict()
     assert all(torch.equal(value, got[name]) for name, value in expected.items())

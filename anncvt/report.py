@@ -109,14 +109,18 @@ def equality(result: dict[str, Any], *, layers: bool = False) -> RenderableType:
     if layers:
         table = _table("layer", **dict.fromkeys(backends, False))
         for name in result["layers"]:
-            table.add_row(escape(name), *(_equal(name not in row["different"]) for row in backends.values()))
+            table.add_row(escape(name), *(_verdict(name, row) for row in backends.values()))
     else:
         table = _table("execution", layers="layers equal")
         for name, row in backends.items():
-            count = len(result["layers"])
+            count = len(row["compared"])
             table.add_row(name, f"{count - len(row['different'])} of {count}")
     verdict = f"{_equal(result['ok'])} to the {result['reference']} reference, bit for bit"
     return Group(table, f"{verdict}, on {result['images']} images of {escape(result['data'])}{_missing(result)}")
+
+
+def _verdict(layer: str, row: dict[str, Any]) -> str:
+    return _equal(layer not in row["different"]) if layer in row["compared"] else ""
 
 
 def _equal(same: bool) -> str:

@@ -170,6 +170,7 @@ def _write(
                 "name": target,
                 "architecture": deployment.architecture,
                 "features": list(deployment.features),
+                "flags": processor.flags(deployment.features),
             },
             "versions": versions(),
         }

@@ -119,5 +119,9 @@ def test_foreign_processors_are_named_before_any_code_runs(built, tmp_path):
     path = tmp_path / "model.so"
     path.write_bytes(b"not even a library")
     features = [*sorted(processor.features() or ()), "quantum"]
-    artifact.seal(path, {"target": {"flags": processor.flags(features)}})
+    target = {"architecture": processor.architecture(), "flags": processor.flags(features)}
+    artifact.seal(path, {"target": target})
     assert "this processor lacks quantum" in classify(built, path, path, code=1)
+    path.write_bytes(b"not even a library")
+    artifact.seal(path, {"target": {**target, "architecture": "riscv64"}})
+    assert "compiled for riscv64" in classify(built, path, path, code=1)

@@ -51,13 +51,21 @@ json::Object ReadManifest(const std::string& path) {
 
 // What a processor lacks would end the process at the first such instruction.
 void CheckProcessor(const json::Object& manifest) {
+#ifdef __aarch64__
+  const std::string architecture = "aarch64", key = "Features";
+#else
+  const std::string architecture = "x86_64", key = "flags";
+#endif
+  const json::Object target = manifest["target"].cast<json::Object>();
+  const std::string wanted = target["architecture"].cast<ffi::String>();
+  if (wanted != architecture) throw Error("compiled for " + wanted + ", this machine is " + architecture);
   std::ifstream cpuinfo("/proc/cpuinfo");
   std::string line, flags;
   while (flags.empty() && std::getline(cpuinfo, line)) {
-    if (line.rfind("flags", 0) == 0 || line.rfind("Features", 0) == 0) flags = line.substr(line.find(':') + 1) + " ";
+    if (line.rfind(key, 0) == 0) flags = line.substr(line.find(':') + 1) + " ";
   }
   if (flags.empty()) return;
-  for (const ffi::Any& flag : manifest["target"].cast<json::Object>()["flags"].cast<json::Array>()) {
+  for (const ffi::Any& flag : target["flags"].cast<json::Array>()) {
     const std::string name = flag.cast<ffi::String>();
     if (flags.find(" " + name + " ") == std::string::npos) throw Error("this processor lacks " + name);
   }

@@ -488,12 +488,14 @@ def bench(
     threads: int | None = None,
     repeats: int = 50,
     seconds: float = 60,
+    teacher_in_tvm: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Time the adder network against its CNN on every backend, see :func:`anncvt.runtime.bench.bench`.
 
     Returns:
-        ``{"rows": [{"network", "backend", "dtype", "batch", "threads", "p50_ms", "p90_ms", ...}], "missing"}``.
+        ``{"rows": [{"network", "backend", "dtype", "batch", "threads", "p50_ms", "p90_ms", ...}], "missing",
+        "settings"}``.
 
     Raises:
         AnncvtError: nothing converted yet, or a file in the folder cannot be run.
@@ -502,7 +504,15 @@ def bench(
     from anncvt.runtime.bench import bench as bench_backends
 
     program = _opened(program, progress)
-    result = bench_backends(program, batch=batch, threads=threads, repeats=repeats, seconds=seconds, progress=progress)
+    result = bench_backends(
+        program,
+        batch=batch,
+        threads=threads,
+        repeats=repeats,
+        seconds=seconds,
+        teacher_in_tvm=teacher_in_tvm,
+        progress=progress,
+    )
     keep_bench(program, result)
     return result
 

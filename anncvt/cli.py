@@ -278,14 +278,21 @@ def run(folder: str, inputs: tuple[str, ...], backend: str, int8: bool, top: int
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images a call.")
 @click.option("--repeats", type=click.IntRange(1), default=50, show_default=True, help="Timed calls of each network.")
 @click.option("--budget", type=options.Duration(), default="1m", show_default=True, help="Time for all calls together.")
+@click.option("--teacher-tvm", "teacher_in_tvm", is_flag=True, help="Compile the CNN with TVM and time that, too.")
 @options.threads
 @options.common
-def bench(folder: str, batch: int, repeats: int, budget: float) -> None:
-    """Time an adder network against its CNN."""
+def bench(folder: str, batch: int, repeats: int, budget: float, teacher_in_tvm: bool) -> None:
+    """Time an adder network against its CNN.
+
+    In torch, onnxruntime and TVM, in floats and (of what `compile --int8` wrote, and of the CNN quantized by
+    onnxruntime) in integers.
+    """
     from anncvt import api, report
 
     with working() as progress:
-        result = api.bench(folder, batch=batch, repeats=repeats, seconds=budget, progress=progress)
+        result = api.bench(
+            folder, batch=batch, repeats=repeats, seconds=budget, teacher_in_tvm=teacher_in_tvm, progress=progress
+        )
     answer(result, report.latency(result))
 
 

@@ -129,18 +129,26 @@ def _equal(same: bool) -> str:
 
 def latency(result: dict[str, Any]) -> RenderableType:
     """What :func:`anncvt.bench` returns, the fastest first."""
-    table = _table("network", backend=False, dtype=False, p50="median ms", p90="90% ms", ratio="of CNN in onnxruntime")
+    columns = {"p50": "median ms", "p90": "90% ms", "p99": "99% ms", "rate": "images/s", "memory": "MB"}
+    ratios = {"ratio": "of CNN in onnxruntime", "integers": "of its int8 CNN"}
+    table = _table("network", backend=False, dtype=False, **columns, **ratios)
     for row in sorted(result["rows"], key=lambda row: row["p50_ms"]):
         table.add_row(
             ROLES[row["network"]],
             row["backend"],
             row["dtype"],
-            f"{row['p50_ms']:.3f}",
-            f"{row['p90_ms']:.3f}",
-            f"{row['ratio']:.2f}x",
+            *(f"{row[name]:.3f}" for name in ("p50_ms", "p90_ms", "p99_ms")),
+            f"{row['images_per_second']:.1f}",
+            _known(row["memory_mb"], "{:.0f}"),
+            _known(row["ratio"], "{:.2f}x"),
+            _known(row["ratio_int8"], "{:.2f}x"),
         )
     first = result["rows"][0]
     return Group(table, f"batch {first['batch']}, threads {first['threads']}{_missing(result)}")
+
+
+def _known(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
 
 
 def predictions(found: Sequence[dict[str, Any]]) -> RenderableType:

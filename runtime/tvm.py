@@ -84,7 +84,7 @@ def compile_network(
     progress: Progress = SILENT,
 ) -> Path:
     """Compile any network of convolutions and adders, see :func:`compile`; ``about`` goes into the manifest."""
-    _require_tvm()
+    require()
     from anncvt.runtime.kernels.network import export, lower
 
     size = preprocess.input_size
@@ -116,7 +116,7 @@ def compile_integers(
     Its normalisation is part of the network, so that nothing is computed in floats. Arguments and errors are those of
     :func:`compile_network`.
     """
-    _require_tvm()
+    require()
     from anncvt.runtime.kernels.integer_lowering import lower
 
     last = network.steps[-1]
@@ -196,7 +196,7 @@ def load(path: str | Path, *, threads: int | None = None) -> Model:
     if manifest["format"] > FORMAT:
         raise AnncvtError("written by a newer anncvt", where=str(path), fix="update anncvt, or compile it again")
     _check_machine(path, manifest["target"])
-    _require_tvm()
+    require()
     return Model(path, manifest, threads)
 
 
@@ -299,8 +299,12 @@ def _check_machine(path: Path, target: dict[str, Any]) -> None:
         raise AnncvtError(f"this processor lacks {', '.join(missing)}", where=str(path), fix=fix)
 
 
-def _require_tvm() -> None:
-    """Import TVM, without torch where torch is not imported yet: TVM does not need it and it costs seconds."""
+def require() -> None:
+    """Import TVM, without torch where torch is not imported yet: TVM does not need it and it costs seconds.
+
+    Raises:
+        AnncvtError: it is not installed.
+    """
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` raise ImportError

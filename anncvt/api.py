@@ -42,7 +42,7 @@ __all__ = [
     "run",
 ]
 
-ONNX, LIBRARY, HARDWARE, REPORT = "model.onnx", "model.so", "hardware", "report.html"
+ONNX, INTEGER_ONNX, LIBRARY, HARDWARE, REPORT = "model.onnx", "model.int8.onnx", "model.so", "hardware", "report.html"
 #: Images that ``check`` compares the backends on.
 CHECK_IMAGES = 1000
 #: And the executions of its integers, of which some are slow.
@@ -310,17 +310,31 @@ def quantize(
 
 
 def export(
-    program: Program | str | Path, path: str | Path | None = None, *, opset: int = 18, progress: Progress = SILENT
+    program: Program | str | Path,
+    path: str | Path | None = None,
+    *,
+    int8: bool = False,
+    opset: int | None = None,
+    body: str = "scan",
+    progress: Progress = SILENT,
 ) -> Path:
     """Write the adder network as ONNX, to ``model.onnx`` in its folder unless ``path`` says else.
 
+    Args:
+        int8: its integer network instead (of 8 bits or fewer), to ``model.int8.onnx``.
+        opset: None: 18, for integers 19.
+        body: the op in standard operators: "scan", whose memory stays small, or "one", without control flow.
+
     Raises:
-        AnncvtError: nothing converted yet, not exportable, or ``path`` cannot be written.
+        AnncvtError: nothing converted yet, or not quantized yet, not exportable, or ``path`` cannot be written.
     """
     from anncvt.runtime import onnx
 
     program = _opened(program, progress)
-    return onnx.export(program, _beside(program, path, ONNX), opset=opset, progress=progress)
+    write = onnx.export_integers if int8 else onnx.export
+    options = {} if opset is None else {"opset": opset}
+    target = _beside(program, path, INTEGER_ONNX if int8 else ONNX)
+    return write(program, target, body=body, **options, progress=progress)
 
 
 def export_hardware(
@@ -400,28 +414,35 @@ def check(
 
 
 def check_integers(
-    program: Program | str | Path, data: DataChoice | str | None = None, *, progress: Progress = SILENT
+    program: Program | str | Path,
+    data: DataChoice | str | None = None,
+    *,
+    onnx_path: str | Path | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Compare all executions of the folder's integer network bit for bit, layer by layer.
 
     Args:
         data: the images to compare on, at most 2 unless it has a limit; default: the test images of the conversion,
             else noise.
+        onnx_path: default: what ``export`` wrote into the folder, if it did.
 
     Returns:
         See :func:`anncvt.runtime.check_integers.check`, and "data".
 
     Raises:
-        AnncvtError: not quantized yet, or the data cannot be read.
+        AnncvtError: not quantized yet, the data cannot be read, or the file holds another network.
     """
     from anncvt.runtime import integer_network
+    from anncvt.runtime.check import exported_file
     from anncvt.runtime.check_integers import check as compare
 
     program = _opened(program, progress)
     network = integer_network.load(program.folder or "")
     choice = chosen(program, _choice(data), "synthetic")
     images = choice.open("test", program.preprocess, at_most=INTEGER_IMAGES, labelled=False, progress=progress)
-    return {**compare(network, images.pixels.numpy(), progress=progress), "data": images.name}
+    path = onnx_path or exported_file(program, INTEGER_ONNX)
+    return {**compare(network, images.pixels.numpy(), onnx_path=path, progress=progress), "data": images.name}
 
 
 def run(

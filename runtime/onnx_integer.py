@@ -1,7 +1,8 @@
 """An integer network as an ONNX graph that computes the integers of :mod:`anncvt.runtime.integer`, bit for bit.
 
 Adders are ``ai.anncvt::AdderInteger2d``, everything else is in standard operators. Every tensor of the network is a
-value of the graph: ``NAME/integers`` what a step puts out, ``NAME/accumulator`` what its epilogue works on.
+value of the graph: ``NAME/integers`` what a step puts out, ``NAME/accumulator`` what its epilogue works on. What
+belongs to no step has a name that begins with a slash.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def integer_model(
             _ACCUMULATING[step.op](graph, network, step, inputs)
             _finish(graph, step, step.epilogue)
     last = network.steps[-1]
-    flat = graph.node("Flatten", [integers_of(last.name)], f"{logits}/integers", axis=1)
-    graph.node("DequantizeLinear", [flat, graph.constant(f"{logits}/scale", np.float32(last.grid.scale))], logits)
+    flat = graph.node("Flatten", [integers_of(last.name)], f"/{logits}/flat", axis=1)
+    graph.node("DequantizeLinear", [flat, graph.constant(f"/{logits}/scale", np.float32(last.grid.scale))], logits)
     functions = [adder_integer2d_function(opset, body)] if any(s.op == "adder" for s in network.steps) else []
     return onnx_ir.from_proto(graph.model(network, image, logits, functions))
 
@@ -126,14 +127,14 @@ def _enter(graph: _Graph, network: IntegerNetwork, preprocess: Preprocess, image
         np.broadcast_to(np.asarray(values, np.float32), channels).reshape(per_channel)
         for values in (preprocess.std, preprocess.mean)
     )
-    spread = graph.node("Mul", [image, graph.constant("pixels/std", std)], "pixels/spread")
-    unit = graph.node("Add", [spread, graph.constant("pixels/mean", mean)], "pixels/unit")
-    scale, zero = graph.constant("pixels/scale", np.float32(1 / 255)), graph.constant("pixels/zero", np.uint8(0))
-    pixels = graph.node("QuantizeLinear", [unit, scale, zero], "pixels/integers")
+    spread = graph.node("Mul", [image, graph.constant("/pixels/std", std)], "/pixels/spread")
+    unit = graph.node("Add", [spread, graph.constant("/pixels/mean", mean)], "/pixels/unit")
+    scale, zero = graph.constant("/pixels/scale", np.float32(1 / 255)), graph.constant("/pixels/zero", np.uint8(0))
+    pixels = graph.node("QuantizeLinear", [unit, scale, zero], "/pixels")
     rows = np.arange(0, 256 * channels, 256, dtype=np.int32).reshape(per_channel)
-    offsets = graph.node("Cast", [pixels], "pixels/offsets", to=TensorProto.INT32)
-    places = graph.node("Add", [offsets, graph.constant("pixels/rows", rows)], "pixels/places")
-    table = graph.constant("pixels/table", network.table.reshape(-1))
+    offsets = graph.node("Cast", [pixels], "/pixels/offsets", to=TensorProto.INT32)
+    places = graph.node("Add", [offsets, graph.constant("/pixels/rows", rows)], "/pixels/places")
+    table = graph.constant("/pixels/table", network.table.reshape(-1))
     graph.node("Gather", [table, places], integers_of(INPUT), axis=0)
     graph.shaped(integers_of(INPUT), TensorProto.UINT8, network.input_shape)
 

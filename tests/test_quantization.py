@@ -77,3 +77,23 @@ def test_check_compares_integers_layer_by_layer(converted):
     assert all(step.name in shown.output for step in integer_network.load(converted).steps)
     assert "layers equal" in CliRunner().invoke(cli, ["check", str(converted), "--int8"]).output
     assert CliRunner().invoke(cli, ["check", str(converted), "--layers"]).exit_code == 2
+
+
+def test_the_integers_as_onnx(converted):
+    from click.testing import CliRunner
+
+    def call(*arguments):
+        return CliRunner().invoke(cli, [*arguments, "--json"])
+
+    file = converted / "model.int8.onnx"
+    refused = call("export", str(converted), "--int8")
+    assert refused.exit_code == 1 and "anncvt quantize" in refused.stderr and not file.exists()
+    anncvt.quantize(converted, DataChoice("digits", limit=32))
+    assert call("export", str(converted), "--int8", "--opset", "14").exit_code == 1 and not file.exists()
+    written = call("export", str(converted), "--int8", "--body", "one")
+    assert written.exit_code == 0 and json.loads(written.stdout)["path"] == str(file)
+    checked = call("check", str(converted), "--int8", "--layers")
+    assert checked.exit_code == 0 and json.loads(checked.stdout)["backends"]["onnxruntime"]["ok"]
+    anncvt.quantize(converted, DataChoice("digits", limit=32), bits=4)
+    stale = call("check", str(converted), "--int8")
+    assert stale.exit_code == 1 and "anncvt export DIR --int8" in stale.stderr

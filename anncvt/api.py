@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 ONNX, LIBRARY, HARDWARE, REPORT = "model.onnx", "model.so", "hardware", "report.html"
-INTEGER_LIBRARY = "model.int8.so"
+INTEGER_ONNX, INTEGER_LIBRARY = "model.int8.onnx", "model.int8.so"
 #: Images that ``check`` compares the backends on.
 CHECK_IMAGES = 1000
 #: And the executions of its integers, of which some are slow.
@@ -311,17 +311,31 @@ def quantize(
 
 
 def export(
-    program: Program | str | Path, path: str | Path | None = None, *, opset: int = 18, progress: Progress = SILENT
+    program: Program | str | Path,
+    path: str | Path | None = None,
+    *,
+    integers: bool = False,
+    opset: int | None = None,
+    body: str = "scan",
+    progress: Progress = SILENT,
 ) -> Path:
     """Write the adder network as ONNX, to ``model.onnx`` in its folder unless ``path`` says else.
 
+    Args:
+        integers: its integer network instead (of 8 bits or fewer), to ``model.int8.onnx``.
+        opset: None: 18, for integers 19.
+        body: the op in standard operators: "scan", whose memory stays small, or "one", without control flow.
+
     Raises:
-        AnncvtError: nothing converted yet, not exportable, or ``path`` cannot be written.
+        AnncvtError: nothing converted yet, or not quantized yet, not exportable, or ``path`` cannot be written.
     """
     from anncvt.runtime import onnx
 
     program = _opened(program, progress)
-    return onnx.export(program, _beside(program, path, ONNX), opset=opset, progress=progress)
+    write = onnx.export_integers if integers else onnx.export
+    options = {} if opset is None else {"opset": opset}
+    target = _beside(program, path, INTEGER_ONNX if integers else ONNX)
+    return write(program, target, body=body, **options, progress=progress)
 
 
 def export_hardware(
@@ -425,6 +439,7 @@ def check_integers(
     program: Program | str | Path,
     data: DataChoice | str | None = None,
     *,
+    onnx_path: str | Path | None = None,
     so_path: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
@@ -433,13 +448,14 @@ def check_integers(
     Args:
         data: the images to compare on, at most 2 unless it has a limit; default: the test images of the conversion,
             else noise.
-        so_path: the compiled network; default: ``model.int8.so`` in the program's folder, if it is there.
+        onnx_path: the exported network; default: ``model.int8.onnx`` in the program's folder, if it is there.
+        so_path: the compiled network; default: ``model.int8.so`` there, if it is.
 
     Returns:
         See :func:`anncvt.runtime.check_integers.check`, and "data".
 
     Raises:
-        AnncvtError: not quantized yet, or the data cannot be read.
+        AnncvtError: not quantized yet, the data cannot be read, or the file holds another network.
     """
     from anncvt.runtime import integer_network
     from anncvt.runtime.check import exported_file
@@ -449,8 +465,11 @@ def check_integers(
     network = integer_network.load(program.folder or "")
     choice = chosen(program, _choice(data), "synthetic")
     images = choice.open("test", program.preprocess, at_most=INTEGER_IMAGES, labelled=False, progress=progress)
-    library = so_path or exported_file(program, INTEGER_LIBRARY)
-    return {**compare(network, images.pixels.numpy(), library, progress=progress), "data": images.name}
+    files = {
+        "onnx_path": onnx_path or exported_file(program, INTEGER_ONNX),
+        "so_path": so_path or exported_file(program, INTEGER_LIBRARY),
+    }
+    return {**compare(network, images.pixels.numpy(), **files, progress=progress), "data": images.name}
 
 
 def run(
@@ -466,7 +485,7 @@ def run(
 
     Args:
         backend: "torch", "onnxruntime" (what ``export`` wrote) or "tvm" (what ``compile`` wrote).
-        integers: run the integer network, on "torch" or "tvm".
+        integers: run the integer network; ``export`` and ``compile`` with ``integers`` write it for the other two.
 
     Raises:
         AnncvtError: a picture cannot be read, or the backend has nothing to run.
@@ -476,7 +495,8 @@ def run(
 
     program = _opened(program, progress)
     pictures = [inputs] if isinstance(inputs, str | Path) else list(inputs)
-    name = {"onnxruntime": ONNX, "tvm": INTEGER_LIBRARY if integers else LIBRARY}.get(backend)
+    files = {"onnxruntime": (ONNX, INTEGER_ONNX), "tvm": (LIBRARY, INTEGER_LIBRARY)}
+    name = files[backend][integers] if backend in files else None
     path = None if name is None else exported_file(program, name)
     return predict(program, pictures, backend=backend, path=path, integers=integers, top=top, progress=progress)
 

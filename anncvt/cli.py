@@ -176,14 +176,36 @@ def quantize(folder: str, bits: str, **rest: Any) -> None:
 
 @cli.command(epilog="Example: anncvt export net.ann")
 @click.argument("folder", type=click.Path())
-@click.option("-o", "--output", type=click.Path(), help="Where to.  [default: FOLDER/model.onnx or FOLDER/hardware]")
-@click.option("--opset", type=int, default=18, show_default=True, help="ONNX operator set.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(),
+    help="Where to.  [default: FOLDER/model.onnx, model.int8.onnx or hardware]",
+)
+@click.option("--int8", is_flag=True, help="onnx: the integers that quantize made.")
+@click.option("--opset", type=int, help="onnx: operator set.  [default: 18, with --int8 19]")
+@click.option(
+    "--body",
+    type=click.Choice(["scan", "one"]),
+    default="scan",
+    show_default=True,
+    help="onnx: the adders' definition for runtimes without a kernel: of little memory, or without control flow.",
+)
 @click.option("--format", "form", type=click.Choice(["onnx", "hardware"]), default="onnx", show_default=True)
 @click.option("--golden", type=click.IntRange(1), default=2, show_default=True, help="hardware: images to trace.")
 @click.option("--data", metavar="DATA", help="hardware: these images.  [default: test images of the conversion]")
 @options.reading
 @options.common
-def export(folder: str, output: str | None, opset: int, form: str, golden: int, **rest: Any) -> None:
+def export(
+    folder: str,
+    output: str | None,
+    int8: bool,
+    opset: int | None,
+    body: str,
+    form: str,
+    golden: int,
+    **rest: Any,
+) -> None:
     """Write an adder network as ONNX, or its integers for hardware.
 
     onnx runs in any onnxruntime. hardware is a folder of integer weights and golden vectors, of what quantize made.
@@ -192,7 +214,7 @@ def export(folder: str, output: str | None, opset: int, form: str, golden: int, 
 
     with working() as progress:
         if form == "onnx":
-            path = api.export(folder, output, opset=opset, progress=progress)
+            path = api.export(folder, output, integers=int8, opset=opset, body=body, progress=progress)
             answer(_file(path), f"wrote {path}")
         else:
             path = api.export_hardware(folder, output, _data(rest), golden=golden, progress=progress)
@@ -225,8 +247,8 @@ def compile_(folder: str, output: str | None, target: str, batches: tuple[int, .
 @click.argument("folder", type=click.Path())
 @click.option("--data", metavar="DATA", help="Images to compare on.  [default: test images of the conversion]")
 @options.reading
-@click.option("--onnx", "onnx_path", type=click.Path(), help="[default: FOLDER/model.onnx]")
-@click.option("--so", "so_path", type=click.Path(), help="[default: FOLDER/model.so, --int8: FOLDER/model.int8.so]")
+@click.option("--onnx", "onnx_path", type=click.Path(), help="[default: FOLDER/model.onnx, --int8: model.int8.onnx]")
+@click.option("--so", "so_path", type=click.Path(), help="[default: FOLDER/model.so, --int8: model.int8.so]")
 @click.option("--int8", is_flag=True, help="Compare the executions of the integer network, bit for bit.")
 @click.option("--layers", is_flag=True, help="--int8: list every layer.")
 @options.threads
@@ -242,7 +264,7 @@ def check(folder: str, onnx_path: str | None, so_path: str | None, int8: bool, l
         from anncvt.runtime.check_integers import require_equal
 
         with working() as progress:
-            result = api.check_integers(folder, _data(rest), so_path=so_path, progress=progress)
+            result = api.check_integers(folder, _data(rest), onnx_path=onnx_path, so_path=so_path, progress=progress)
         answer(result, report.equality(result, layers=layers))
         require_equal(result)
         return
@@ -260,7 +282,7 @@ def check(folder: str, onnx_path: str | None, so_path: str | None, int8: bool, l
 @click.option(
     "--backend", type=click.Choice(["torch", "onnxruntime", "tvm"]), default="torch", show_default=True, help="Runs it."
 )
-@click.option("--int8", is_flag=True, help="Run the integer network, on torch or TVM.")
+@click.option("--int8", is_flag=True, help="Run the integer network.")
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="So many classes.")
 @options.threads
 @options.common

@@ -144,6 +144,7 @@ def convert(
     resume: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
+    **training: Any,
 ) -> Program:
     """The whole way from a CNN to an adder network: load, plan, rewrite, calibrate and, if asked for, distil.
 
@@ -166,6 +167,7 @@ def convert(
         seed: of sampling, order and augmentation (of the distillation only where there is no ``config``).
         resume: go on where the conversion in ``output`` stopped.
         force: replace the program in ``output``.
+        training: further fields of :class:`~anncvt.pkkd.DistillConfig`, which win over ``config``.
 
     Raises:
         AnncvtError: no data, or any stage failed; what was finished before is in ``output``.
@@ -186,7 +188,7 @@ def convert(
         Path(output),
         calibration=data(calibrate or distill or ""),
         training=None if distill is None else data(distill),
-        config=_distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr),
+        config=_distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr, **training),
         choice=Choice.of(keep=keep, swap=swap, policy=policy, plan_file=plan_file, linear=linear),
         budget=budget,
         memory=memory,
@@ -216,12 +218,13 @@ def distill(
     seed: int = 0,
     resume: bool = False,
     progress: Progress = SILENT,
+    **training: Any,
 ) -> Program:
     """Distil (further) what was converted, and save it to its folder.
 
     Args:
         data: DATA with labels; default: that of the conversion.
-        epochs, batch_size, lr, config, seed: see :func:`convert`.
+        epochs, batch_size, lr, config, seed, training: see :func:`convert`.
         resume: go on from the last training checkpoint in the folder.
 
     Raises:
@@ -233,7 +236,7 @@ def distill(
             "there is no adder network to distil", where=program.folder, fix="`anncvt convert MODEL -o DIR` first"
         )
     choice = chosen(program, _choice(data))
-    settings = _distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr)
+    settings = _distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr, **training)
     yardstick = pipeline.Yardstick.find(program, choice, required=True, progress=progress)
     remember(program, distill=choice)
     return pipeline.distil(program, Path(program.folder), choice, yardstick, settings, resume=resume, progress=progress)

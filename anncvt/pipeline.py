@@ -110,7 +110,9 @@ def convert(
         progress.note(f"{output}: resuming after the stage '{program.stage}'")
     yardstick = Yardstick.find(program, training or calibration, required=training is not None, progress=progress)
     images = None
-    if not reached(program, "calibrated"):
+    # A student that starts from other weights has no use for a calibration.
+    pointless = training is not None and config.settled().init != "oneshot"
+    if not pointless and not reached(program, "calibrated"):
         images = calibration.open(
             "train", program.preprocess, at_most=CALIBRATION_IMAGES, labelled=False, progress=progress
         )
@@ -161,7 +163,14 @@ def distil(
     assert program.student is not None
     with contextlib.nullcontext() if integers is None else fake_quantised(program.student, integers):
         program = pkkd.distill(
-            program, train, yardstick.images, config, folder=output, resume=resume, progress=progress
+            program,
+            train,
+            yardstick.images,
+            config,
+            folder=output,
+            teacher_top1=None if yardstick.teacher is None else yardstick.teacher["top1"],
+            resume=resume,
+            progress=progress,
         )
     result = program.history[-1].metrics
     last: dict[str, float] = {name: result[name] for name in ("top1", "top5") if name in result}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from anncvt.features import FeatureLoss
+from anncvt.distillation.features import FeatureLoss
 
 
 def _features(scale=1.0):

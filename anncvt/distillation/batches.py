@@ -1,0 +1,124 @@
+"""Which images a step sees and how they are changed: a function of the seed and the step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anncvt.distillation.config import DistillConfig
+from anncvt.distillation.processes import Processes
+from anncvt.errors import AnncvtError
+from anncvt.images import Images, augment, normalise
+from anncvt.program import Preprocess
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``x`` is ``[B, C, H, W]``; an image shows ``labels`` by its ``share`` and ``others`` by the rest of it."""
+
+    x: Tensor
+    labels: Tensor
+    others: Tensor
+    share: float
+
+
+class Batches:
+    """The batches of a run. A step has the same images however many processes and parts divide them.
+
+    Raises:
+        AnncvtError: no labels, too few images, or a batch that cannot be divided.
+    """
+
+    def __init__(self, images: Images, preprocess: Preprocess, config: DistillConfig, processes: Processes) -> None:
+        if images.labels is None:
+            raise AnncvtError(
+                "the images have no labels", where=images.name, fix="distillation needs a labelled data set"
+            )
+        if len(images) < 2:
+            raise AnncvtError(
+                f"{len(images)} training images", where=images.name, fix="raise --limit, or name more data"
+            )
+        self.images, self.labels, self._preprocess, self._config = images, images.labels, preprocess, config
+        shares = processes.count * config.accumulate
+        self.size = config.batch_size if config.batch_size <= len(images) else len(images) // shares * shares
+        if self.size % shares or self.size < 2 * shares:
+            raise AnncvtError(
+                f"a batch of {self.size} images cannot be divided among {processes.count} processes with "
+                f"--accumulate {config.accumulate}",
+                where=images.name,
+                fix=f"use a --batch-size that is a multiple of {shares}, of at least {2 * shares}, and as many images",
+            )
+        part = self.size // shares
+        begin = processes.rank * config.accumulate * part
+        self._parts = [torch.arange(begin + at * part, begin + (at + 1) * part) for at in range(config.accumulate)]
+        self.steps_per_epoch = len(images) // self.size
+
+    def parts(self, step: int) -> Iterator[Batch]:
+        """This process's images of ``step`` (from 0), in the parts whose gradients accumulate."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        chosen = self._order(epoch)[at * self.size : (at + 1) * self.size]
+        for places in self._parts:
+            yield self._batch(chosen, places, epoch, at)
+
+    def _order(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self.images), generator=generator(self._config.seed, epoch))
+
+    def _batch(self, chosen: Tensor, places: Tensor, epoch: int, at: int) -> Batch:
+        """The images at ``places`` of the batch, mixed with their mirror images in it where that is asked for."""
+        config = self._config
+        draws = np.random.default_rng((config.seed, epoch, at, 2))
+        kinds = [kind for kind in ("mixup", "cutmix") if getattr(config, kind)]
+        if not kinds:
+            x, labels = self._changed(chosen, places, epoch, at), self.labels[chosen[places]]
+            return Batch(self._input(x), labels, labels, 1.0)
+        kind = kinds[int(draws.integers(len(kinds)))]
+        share = float(draws.beta(getattr(config, kind), getattr(config, kind)))
+        partners = self.size - 1 - places
+        needed = torch.unique(torch.cat([places, partners]))
+        pixels = self._changed(chosen, needed, epoch, at).float()
+        own, other = pixels[torch.searchsorted(needed, places)], pixels[torch.searchsorted(needed, partners)]
+        if kind == "mixup":
+            own = share * own + (1 - share) * other
+        else:
+            share = _cut(own, other, share, draws)
+        return Batch(self._input(own), self.labels[chosen[places]], self.labels[chosen[partners]], share)
+
+    def _changed(self, chosen: Tensor, places: Tensor, epoch: int, at: int) -> Tensor:
+        """The pixels at ``places`` of the batch ``chosen``, shifted and mirrored."""
+        pixels = self.images.pixels[chosen[places]]
+        if not self._config.augment or pixels.dim() != 4:
+            return pixels
+        pad = max(1, pixels.shape[-1] // 8)
+        draws = generator(self._config.seed, epoch, at + 1)
+        return augment(pixels, draws, pad=pad, flip=self.images.flip, places=places, of=self.size)
+
+    def _input(self, pixels: Tensor) -> Tensor:
+        x = normalise(pixels, self._preprocess)
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def _cut(own: Tensor, other: Tensor, share: float, draws: np.random.Generator) -> float:
+    """Paste a box of ``other`` into ``own`` (CutMix, arXiv 1905.04899); returns the share of ``own`` that is left."""
+    sides = own.shape[2:]
+    box = []
+    for side in sides:
+        half = side * (1 - share) ** (1 / len(sides)) / 2
+        middle = draws.uniform(0, side)
+        box.append(slice(max(0, round(middle - half)), min(side, round(middle + half))))
+    place = (slice(None), slice(None), *box)
+    own[place] = other[place]
+    return 1 - own[place][0, 0].numel() / own[0, 0].numel()
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """A generator seeded by all ``numbers``, well mixed (seed 0, step 1 and seed 1, step 0 are unrelated)."""
+    return torch.Generator().manual_seed(mixed_seed(*numbers))
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

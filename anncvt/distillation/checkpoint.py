@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anncvt.distillation.config import DistillConfig
 from anncvt.errors import AnncvtError
-from anncvt.files import atomic_path
+from anncvt.files import write_state, write_tensors
 
 CHECKPOINT = "train/checkpoint.pt"
 BEST = "train/best.safetensors"
@@ -26,8 +26,7 @@ def discard_checkpoint(folder: Path) -> None:
 
 def write(folder: Path, state: Mapping[str, Any]) -> None:
     """Replace the folder's checkpoint by ``state``, atomically: until it is complete the one before stays."""
-    with atomic_path(folder / CHECKPOINT) as path, open(path, "wb") as file:
-        torch.save(dict(state), file)
+    write_state(folder / CHECKPOINT, state)
 
 
 def read(path: Path, content: bytes, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,11 +64,7 @@ def identity(config: DistillConfig, data: str, images: int) -> dict[str, Any]:
 
 def write_best(folder: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Replace the weights of the best epoch; ``about`` says which that is."""
-    from safetensors.torch import save_file
-
-    table = {name: value.detach().clone().contiguous() for name, value in weights.items()}
-    with atomic_path(folder / BEST) as path:
-        save_file(table, path, metadata={name: str(value) for name, value in about.items()})
+    write_tensors(folder / BEST, weights, {name: str(value) for name, value in about.items()})
 
 
 def read_best(folder: Path) -> dict[str, Tensor]:

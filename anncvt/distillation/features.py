@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from anncvt.distillation.processes import Processes
 
 #: Pixels per layer that are compared. More of a batch says the same, and would cost more than the network itself.
-POSITIONS = 16384
+POSITIONS = 4096
 
 
 class FeatureLoss(nn.Module):

@@ -1,4 +1,4 @@
-"""PKKD on a network that trains in seconds: it learns in every way it is offered, resumes, and refuses what cannot work."""
+"""PKKD on a network that trains in seconds: it learns in every way there is, resumes, and refuses what cannot work."""
 
 import dataclasses
 import json

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from anncvt.errors import AnncvtError
 
@@ -90,7 +90,7 @@ def write_state(target: Path, state: Mapping[str, Any]) -> None:
     with atomic_path(target) as path, open(path, "wb") as file:
         watched = _Watched(file)
         try:
-            torch.save(dict(state), watched)
+            torch.save(dict(state), cast(BinaryIO, watched))
         except RuntimeError as error:  # torch's own, which does not tell that the disk is full
             raise watched.error or error from error
 

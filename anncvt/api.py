@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anncvt import pipeline
+from anncvt import launch, pipeline
 from anncvt.errors import AnncvtError
 from anncvt.measure import DataChoice, accuracy, chosen, gate, remember, require_parity
 from anncvt.program import Program
@@ -222,6 +222,8 @@ def distill(
 ) -> Program:
     """Distil (further) what was converted, and save it to its folder.
 
+    Under torchrun every process calls it, and the first of them measures, prints and writes.
+
     Args:
         data: DATA with labels; default: that of the conversion.
         epochs, batch_size, lr, config, seed, training: see :func:`convert`.
@@ -237,7 +239,9 @@ def distill(
         )
     choice = chosen(program, _choice(data))
     settings = _distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr, **training)
-    yardstick = pipeline.Yardstick.find(program, choice, required=True, progress=progress)
+    yardstick = pipeline.Yardstick(None, None)
+    if launch.rank() == 0:
+        yardstick = pipeline.Yardstick.find(program, choice, required=True, progress=progress)
     remember(program, distill=choice)
     return pipeline.distil(program, Path(program.folder), choice, yardstick, settings, resume=resume, progress=progress)
 

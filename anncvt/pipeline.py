@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anncvt import folder
+from anncvt import folder, launch
 from anncvt.checkpoint import sha256
 from anncvt.data import Images, native_size
 from anncvt.errors import AnncvtError
@@ -172,6 +172,8 @@ def distil(
             resume=resume,
             progress=progress,
         )
+    if launch.rank() > 0:
+        return program  # the first process measures and writes
     result = program.history[-1].metrics
     last: dict[str, float] = {name: result[name] for name in ("top1", "top5") if name in result}
     yardstick.record(program, progress, student=last if integers is None else None)

@@ -77,6 +77,8 @@ class Training:
         if config.teacher_lr is not None and self.teacher_learns:
             self.descents.append(Descent(self.teacher.parameters(), [], config.teacher_lr, config))
         self.average = None if config.ema is None else average(self.student, config.ema)
+        self.student.train()
+        self.teacher.train(self.teacher_learns)
         self.step = 0
         self.stopped = False  # before the last epoch
         self.accuracy: dict[str, Any] = {}
@@ -107,12 +109,9 @@ class Training:
         """
         saved = time.monotonic()
         measured_at, measured_step = time.monotonic(), self.step
-        self.student.train()
-        self.teacher.train(self.teacher_learns)
         with gradients(self.paired, self.config.gradient), self._norms():
             while self.step < self.steps and not self.stopped:
-                terms = self._step()
-                self.step += 1
+                terms = self.advance()
                 now = time.monotonic()
                 speed = (self.step - measured_step) * self.batches.size / max(now - measured_at, 1e-9)
                 task.advance(1, **terms, **self.accuracy, **{"img/s": speed})
@@ -128,7 +127,7 @@ class Training:
         self.save()
         self._hand_over()
 
-    def _step(self) -> dict[str, float]:
+    def advance(self) -> dict[str, float]:
         """One step of both networks; returns the terms of the loss, over all processes."""
         # Dropout depends on seed and step, so that a checkpoint needs no random state.
         torch.manual_seed(mixed_seed(self.config.seed, self.step, self.processes.rank, 1))
@@ -159,6 +158,7 @@ class Training:
             descent.step(factor)
         if self.average is not None:
             self.average.update_parameters(self.student)
+        self.step += 1
         return {name: float(value) for name, value in sums.items()}
 
     def _sum_over_processes(self, sums: dict[str, Tensor]) -> None:

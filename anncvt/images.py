@@ -51,6 +51,17 @@ class Images:
     def __len__(self) -> int:
         return len(self.pixels)
 
+    def at(self, indices: Tensor) -> Tensor:
+        """The pixels at ``indices``, ``[B, C, H, W]`` uint8."""
+        return self.pixels[indices]
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """A permutation of the images, to train on them."""
+        return torch.randperm(len(self), generator=generator)
+
+    def expect(self, indices: Tensor) -> None:
+        """Nothing: what :meth:`at` will be asked for is here already (:class:`anncvt.stream.Stream` decodes it)."""
+
     def subset(self, indices: Tensor | Sequence[int]) -> Images:
         """The pictures at ``indices`` (copied), in that order."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)

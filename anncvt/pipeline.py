@@ -29,6 +29,7 @@ from anncvt.passes.rewrite import rewrite
 from anncvt.program import Program
 from anncvt.progress import SILENT, Progress
 from anncvt.sources import NoSuchSplit
+from anncvt.stream import Stream
 from anncvt.zoo import ZOOS
 
 if TYPE_CHECKING:
@@ -159,9 +160,13 @@ def distil(
     """
     from anncvt import pkkd
 
-    train = training.open("train", program.preprocess, progress=progress)
+    train = training.open_training(program.preprocess, progress=progress)
     assert program.student is not None
-    with contextlib.nullcontext() if integers is None else fake_quantised(program.student, integers):
+    with contextlib.ExitStack() as stack:
+        if isinstance(train, Stream):
+            stack.callback(train.close)
+        if integers is not None:
+            stack.enter_context(fake_quantised(program.student, integers))
         program = pkkd.distill(
             program,
             train,

@@ -33,6 +33,7 @@ from anncvt.runtime.warmup import compile_kernels
 
 if TYPE_CHECKING:
     from anncvt.images import Images
+    from anncvt.stream import Stream
 
 __all__ = ["BEST", "CHECKPOINT", "CONFIG", "LOG", "DistillConfig", "discard_checkpoint", "distill"]
 
@@ -42,7 +43,7 @@ CONFIG = "train/config.toml"
 
 def distill(
     program: Program,
-    train: Images,
+    train: Images | Stream,
     test: Images | None,
     config: DistillConfig,
     *,

@@ -1,6 +1,7 @@
 """PKKD: what its parts are worth at equal steps, what a step costs; prints rows for benchmarks/RESULTS.md.
 
     python benchmarks/distillation.py cost                          # time and memory of a step, ResNet-20
+    python benchmarks/distillation.py loader FOLDER --data folder:photos    # images a second: decoded, and trained on
     python benchmarks/distillation.py ablations FOLDER --data hf:cifar10 --steps 200 --batch-size 64
 
 FOLDER is a calibrated program folder; it is not changed. The cost is that of one thread's processor time, beside a
@@ -25,14 +26,16 @@ from timing import CLOCKS, interleaved
 from torch import nn
 from training import peak_growth, resnet20
 
-from anncvt.data import open_images
+from anncvt.data import Stream, _chosen, open_images
+from anncvt.distillation.batches import Batches
+from anncvt.distillation.config import DistillConfig
 from anncvt.distillation.processes import Processes
 from anncvt.distillation.training import Training
 from anncvt.evaluation import evaluate
 from anncvt.folder import open_folder
 from anncvt.passes.pairing import gradients
 from anncvt.passes.rewrite import rewrite
-from anncvt.pkkd import DistillConfig, distill
+from anncvt.pkkd import distill
 
 #: Name and configuration of every row.
 ABLATIONS = {
@@ -93,6 +96,25 @@ def cost(options: argparse.Namespace) -> None:
         )
 
 
+def loader(options: argparse.Namespace) -> None:
+    """Images that one thread decodes in a second of processor time as they are needed, and that a step takes."""
+    torch.set_num_threads(1)
+    program = open_folder(options.folder)
+    listing, rows = _chosen(options.data, "train", program.preprocess, options.data_dir, None, options.seed, True)
+    stream = Stream(listing, rows, program.preprocess.input_size, options.data, workers=1)
+    config = DistillConfig(epochs=1000, batch_size=options.batch_size, lr=1e-4).settled()
+    place, alone = Path(tempfile.gettempdir()), Processes()
+    batches = Batches(stream, program.preprocess, config, alone)
+    held = open_images("synthetic", "train", program.preprocess, limit=2 * options.batch_size)
+    run, steps = Training(program, held, config, place, alone), iter(range(10**6))
+    calls: dict[str, Callable[[], object]] = {"loader": lambda: list(batches.parts(next(steps))), "step": run.advance}
+    with gradients(run.paired, config.gradient):
+        seconds = interleaved(calls, options.repeats, CLOCKS["cpu"])
+    stream.close()
+    for name, each in seconds.items():
+        print(f"| {name} | {options.batch_size / each:.0f} images a second |")
+
+
 def step_of(name: str, batch: int) -> Callable[[], None]:
     """One training step as a call: of the CNN alone, or of PKKD with one of COSTS."""
     cnn = resnet20(nn.Conv2d).eval()
@@ -124,7 +146,7 @@ def step_of(name: str, batch: int) -> Callable[[], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["ablations", "cost"])
+    parser.add_argument("what", choices=["ablations", "cost", "loader"])
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--data-dir")
@@ -140,7 +162,7 @@ def main() -> None:
     elif options.folder is None:
         parser.error("name a calibrated program folder")
     else:
-        ablations(options)
+        {"ablations": ablations, "loader": loader}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ from anncvt.distillation.processes import Processes
 from anncvt.errors import AnncvtError
 from anncvt.images import Images, augment, normalise
 from anncvt.program import Preprocess
+from anncvt.stream import Stream
+
+#: Steps whose images are decoded in advance, where they are not in memory.
+AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,9 @@ class Batches:
         AnncvtError: no labels, too few images, or a batch that cannot be divided.
     """
 
-    def __init__(self, images: Images, preprocess: Preprocess, config: DistillConfig, processes: Processes) -> None:
+    def __init__(
+        self, images: Images | Stream, preprocess: Preprocess, config: DistillConfig, processes: Processes
+    ) -> None:
         if images.labels is None:
             raise AnncvtError(
                 "the images have no labels", where=images.name, fix="distillation needs a labelled data set"
@@ -56,44 +62,53 @@ class Batches:
         begin = processes.rank * config.accumulate * part
         self._parts = [torch.arange(begin + at * part, begin + (at + 1) * part) for at in range(config.accumulate)]
         self.steps_per_epoch = len(images) // self.size
+        self._mixes = [kind for kind in ("mixup", "cutmix") if getattr(config, kind)]
+        self._orders: dict[int, Tensor] = {}
 
     def parts(self, step: int) -> Iterator[Batch]:
         """This process's images of ``step`` (from 0), in the parts whose gradients accumulate."""
-        epoch, at = divmod(step, self.steps_per_epoch)
-        chosen = self._order(epoch)[at * self.size : (at + 1) * self.size]
+        for ahead in range(AHEAD + 1):
+            chosen = self._chosen(step + ahead)
+            for places in self._parts:
+                self.images.expect(chosen[self._needed(places)])
         for places in self._parts:
-            yield self._batch(chosen, places, epoch, at)
+            yield self._batch(step, places)
 
-    def _order(self, epoch: int) -> Tensor:
-        return torch.randperm(len(self.images), generator=generator(self._config.seed, epoch))
+    def _chosen(self, step: int) -> Tensor:
+        """The numbers of all images of ``step``, over all processes."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        if epoch not in self._orders:
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = self.images.order(generator(self._config.seed, epoch))
+        return self._orders[epoch][at * self.size : (at + 1) * self.size]
 
-    def _batch(self, chosen: Tensor, places: Tensor, epoch: int, at: int) -> Batch:
-        """The images at ``places`` of the batch, mixed with their mirror images in it where that is asked for."""
-        config = self._config
-        draws = np.random.default_rng((config.seed, epoch, at, 2))
-        kinds = [kind for kind in ("mixup", "cutmix") if getattr(config, kind)]
-        if not kinds:
-            x, labels = self._changed(chosen, places, epoch, at), self.labels[chosen[places]]
-            return Batch(self._input(x), labels, labels, 1.0)
-        kind = kinds[int(draws.integers(len(kinds)))]
+    def _needed(self, places: Tensor) -> Tensor:
+        """Those places of a batch whose images make those at ``places``: mixing takes their mirror images, too."""
+        return torch.unique(torch.cat([places, self.size - 1 - places])) if self._mixes else places
+
+    def _batch(self, step: int, places: Tensor) -> Batch:
+        config, chosen, needed = self._config, self._chosen(step), self._needed(places)
+        pixels = self._changed(self.images.at(chosen[needed]), step, needed)
+        labels = self.labels[chosen[places]]
+        if not self._mixes:
+            return Batch(self._input(pixels), labels, labels, 1.0)
+        draws = np.random.default_rng((config.seed, step, 2))
+        kind = self._mixes[int(draws.integers(len(self._mixes)))]
         share = float(draws.beta(getattr(config, kind), getattr(config, kind)))
         partners = self.size - 1 - places
-        needed = torch.unique(torch.cat([places, partners]))
-        pixels = self._changed(chosen, needed, epoch, at).float()
-        own, other = pixels[torch.searchsorted(needed, places)], pixels[torch.searchsorted(needed, partners)]
+        own, other = (pixels[torch.searchsorted(needed, at)].float() for at in (places, partners))
         if kind == "mixup":
             own = share * own + (1 - share) * other
         else:
             share = _cut(own, other, share, draws)
-        return Batch(self._input(own), self.labels[chosen[places]], self.labels[chosen[partners]], share)
+        return Batch(self._input(own), labels, self.labels[chosen[partners]], share)
 
-    def _changed(self, chosen: Tensor, places: Tensor, epoch: int, at: int) -> Tensor:
-        """The pixels at ``places`` of the batch ``chosen``, shifted and mirrored."""
-        pixels = self.images.pixels[chosen[places]]
+    def _changed(self, pixels: Tensor, step: int, places: Tensor) -> Tensor:
+        """The pixels of the images at ``places`` of a batch, shifted and mirrored."""
         if not self._config.augment or pixels.dim() != 4:
             return pixels
         pad = max(1, pixels.shape[-1] // 8)
-        draws = generator(self._config.seed, epoch, at + 1)
+        draws = generator(self._config.seed, step, 1)
         return augment(pixels, draws, pad=pad, flip=self.images.flip, places=places, of=self.size)
 
     def _input(self, pixels: Tensor) -> Tensor:

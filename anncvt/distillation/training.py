@@ -32,6 +32,7 @@ from anncvt.progress import Task
 
 if TYPE_CHECKING:
     from anncvt.images import Images
+    from anncvt.stream import Stream
 
 #: Steps between two lines of the log.
 LOG_EVERY = 50
@@ -53,7 +54,7 @@ class Training:
     def __init__(
         self,
         program: Program,
-        train: Images,
+        train: Images | Stream,
         config: DistillConfig,
         folder: Path,
         processes: Processes,

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -100,13 +101,9 @@ def open_images(
         AnncvtError: DATA is unknown, missing, empty, lacks the split or the labels, holds a picture that cannot be
             decoded, or does not fit in memory.
     """
-    listing, order = _chosen(spec, split, preprocess, data_dir, limit, seed, labelled)
+    listing, order = select(spec, split, preprocess, data_dir, limit, seed, labelled)
     _guard_memory(len(order), preprocess.input_size, spec)
-    pixels = _decode_all(listing, order, preprocess.input_size, workers, progress)
-    labels = classes = None
-    if labelled and listing.labels is not None:
-        labels, classes = torch.from_numpy(listing.labels[order].astype(np.int64)), listing.classes
-    return Images(torch.from_numpy(pixels), labels, classes, f"{spec} {split}", listing.flip)
+    return _held(listing, order, f"{spec} {split}", preprocess, workers, progress)
 
 
 def open_training_images(
@@ -124,16 +121,14 @@ def open_training_images(
     Raises:
         AnncvtError: as :func:`open_images`, but a data set may be of any size.
     """
-    listing, order = _chosen(spec, "train", preprocess, data_dir, limit, seed, True)
+    listing, order = select(spec, "train", preprocess, data_dir, limit, seed, True)
     if _too_large(len(order), preprocess.input_size) is None:
-        return open_images(
-            spec, "train", preprocess, data_dir=data_dir, limit=limit, seed=seed, workers=workers, progress=progress
-        )
+        return _held(listing, order, f"{spec} train", preprocess, workers, progress)
     progress.note(f"{len(order)} images do not fit in memory: they are decoded while they are trained on")
     return Stream(listing, order, preprocess.input_size, f"{spec} train", workers)
 
 
-def _chosen(
+def select(
     spec: str,
     split: Split,
     preprocess: Preprocess,
@@ -142,16 +137,27 @@ def _chosen(
     seed: int,
     labelled: bool,
 ) -> tuple[Listing, np.ndarray]:
-    """The pictures of a split, and the rows of those that are wanted."""
+    """The pictures of a split, and the rows of those that are wanted; see :func:`open_images`."""
     if limit is not None and limit < 1:
         raise AnncvtError(f"a limit of {limit} images", fix="give --limit a positive number")
     if parse_spec(spec)[0] == "synthetic":
         listing = datasets.synthetic(split, preprocess.input_size, limit, seed)
     else:
         listing = _list(spec, split, data_dir, labelled)
+    if not labelled:
+        listing = replace(listing, labels=None, classes=None)
     if limit is None:
         return listing, np.arange(listing.count)
     return listing, torch.randperm(listing.count, generator=torch.Generator().manual_seed(seed))[:limit].numpy()
+
+
+def _held(
+    listing: Listing, order: np.ndarray, name: str, preprocess: Preprocess, workers: int, progress: Progress
+) -> Images:
+    pixels = _decode_all(listing, order, preprocess.input_size, workers, progress)
+    labels = None if listing.labels is None else torch.from_numpy(listing.labels[order].astype(np.int64))
+    classes = None if labels is None else listing.classes
+    return Images(torch.from_numpy(pixels), labels, classes, name, listing.flip)
 
 
 def native_size(spec: str, data_dir: str | Path | None = None) -> tuple[int, int, int] | None:

@@ -26,7 +26,7 @@ from timing import CLOCKS, interleaved
 from torch import nn
 from training import peak_growth, resnet20
 
-from anncvt.data import Stream, _chosen, open_images
+from anncvt.data import Stream, open_images, select
 from anncvt.distillation.batches import Batches
 from anncvt.distillation.config import DistillConfig
 from anncvt.distillation.processes import Processes
@@ -100,7 +100,7 @@ def loader(options: argparse.Namespace) -> None:
     """Images that one thread decodes in a second of processor time as they are needed, and that a step takes."""
     torch.set_num_threads(1)
     program = open_folder(options.folder)
-    listing, rows = _chosen(options.data, "train", program.preprocess, options.data_dir, None, options.seed, True)
+    listing, rows = select(options.data, "train", program.preprocess, options.data_dir, None, options.seed, True)
     stream = Stream(listing, rows, program.preprocess.input_size, options.data, workers=1)
     config = DistillConfig(epochs=1000, batch_size=options.batch_size, lr=1e-4).settled()
     place, alone = Path(tempfile.gettempdir()), Processes()

@@ -236,6 +236,7 @@ _HELP = {
     "precision": "Of all layers but adders.",
     "accumulate": "Divide the images of a step into so many parts, to save memory.",
     "augment": "Shift and mirror the images.",
+    "transform": "module:factory of a further transform of an image, [C, H, W] uint8, as in torchvision.transforms.v2.",
     "label_smoothing": "Share of a label that goes to all classes.",
     "mixup": "Alpha of mixup; 0: none.",
     "cutmix": "Alpha of CutMix; 0: none.",
@@ -251,7 +252,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "optimizer": (
         "optimizer", "momentum", "weight_decay", "eta", "warmup", "clip_grad", "ema", "precision", "accumulate",
     ),
-    "images": ("augment", "label_smoothing", "mixup", "cutmix"),
+    "images": ("augment", "transform", "label_smoothing", "mixup", "cutmix"),
     "course": ("sync_bn", "select", "stop_within", "patience", "tensorboard", "checkpoint_seconds"),
 }  # fmt: skip
 _WHOLE = ("epochs", "batch_size", "accumulate", "patience")
@@ -272,7 +273,7 @@ def _hyperparameters(names: tuple[str, ...], *, hidden: bool = False) -> Sequenc
             flag += f"/--no-{name.replace('_', '-')}" if default else ""
             found.append(click.option(flag, is_flag=True, default=None, help=text, hidden=hidden))
         else:
-            metavar = None if name in CHOICES else "N" if name in _WHOLE else "X"
+            metavar = None if name in CHOICES else "N" if name in _WHOLE else "X" if name in BOUNDS else "NAME"
             found.append(click.option(flag, name, type=kind, metavar=metavar, help=text, hidden=hidden))
     return found
 

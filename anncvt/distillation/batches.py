@@ -11,6 +11,7 @@ from torch import Tensor
 
 from anncvt.distillation.config import DistillConfig
 from anncvt.distillation.processes import Processes
+from anncvt.distillation.transform import load_transform, transformed
 from anncvt.errors import AnncvtError
 from anncvt.images import Images, augment, normalise
 from anncvt.program import Preprocess
@@ -63,6 +64,7 @@ class Batches:
         self._parts = [torch.arange(begin + at * part, begin + (at + 1) * part) for at in range(config.accumulate)]
         self.steps_per_epoch = len(images) // self.size
         self._mixes = [kind for kind in ("mixup", "cutmix") if getattr(config, kind)]
+        self._transform = None if config.transform is None else load_transform(config.transform)
         self._orders: dict[int, Tensor] = {}
 
     def parts(self, step: int) -> Iterator[Batch]:
@@ -104,12 +106,15 @@ class Batches:
         return Batch(self._input(own), labels, self.labels[chosen[partners]], share)
 
     def _changed(self, pixels: Tensor, step: int, places: Tensor) -> Tensor:
-        """The pixels of the images at ``places`` of a batch, shifted and mirrored."""
-        if not self._config.augment or pixels.dim() != 4:
+        """The pixels of the images at ``places`` of a batch, augmented."""
+        if self._config.augment and pixels.dim() == 4:
+            pad = max(1, pixels.shape[-1] // 8)
+            draws = generator(self._config.seed, step, 1)
+            pixels = augment(pixels, draws, pad=pad, flip=self.images.flip, places=places, of=self.size)
+        if self._transform is None:
             return pixels
-        pad = max(1, pixels.shape[-1] // 8)
-        draws = generator(self._config.seed, step, 1)
-        return augment(pixels, draws, pad=pad, flip=self.images.flip, places=places, of=self.size)
+        seeds = [mixed_seed(self._config.seed, step, place, 3) for place in places.tolist()]
+        return transformed(pixels, self._transform, seeds)
 
     def _input(self, pixels: Tensor) -> Tensor:
         x = normalise(pixels, self._preprocess)

@@ -90,6 +90,7 @@ class DistillConfig:
 
     # The images
     augment: bool = True
+    transform: str | None = None  # "module:factory" of what else changes an image
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0

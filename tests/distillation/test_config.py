@@ -67,6 +67,7 @@ OTHER = {
     "clip_grad": 5.0,
     "ema": 0.99,
     "augment": False,
+    "transform": "mine:make",
     "label_smoothing": 0.1,
     "mixup": 0.2,
     "cutmix": 1.0,

@@ -1,3 +1,5 @@
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -56,8 +58,8 @@ def test_a_transform_that_does_not_fit_is_named(name, message):
         transformed(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), load_transform(f"my_transforms:{name}"), [0])
 
 
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="needs torchvision")
 def test_one_of_torchvision():
-    pytest.importorskip("torchvision")
     flip = load_transform("torchvision.transforms.v2:RandomHorizontalFlip")
     pixels = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4).repeat(8, 1, 1, 1)
     changed = transformed(pixels, flip, range(8))

@@ -43,17 +43,22 @@ class FeatureLoss(nn.Module):
         losses = []
         for at, (adder, convolution) in enumerate(zip(adders, convolutions, strict=True)):
             every = max(1, self._processes.count * adder[:, 0].numel() // POSITIONS)
-            g, h = self._standardise(adder[::every]), self._standardise(convolution[::every].detach())
+            g = self._standardise(_rows(adder[::every]))
+            h = self._standardise(_rows(convolution[::every].detach()))
             if self.kind == "kernel":
-                g = torch.exp(g / (2 * torch.exp(2 * self.log_sigma_adder[at])))
-                h = torch.exp(h / (2 * torch.exp(2 * self.log_sigma_conv[at])))
-            mapped = torch.einsum("oc,nc...->no...", self.rho[at], g)
-            losses.append(F.mse_loss(self._standardise(mapped), self._standardise(h)))
+                g = torch.exp(g * (0.5 * torch.exp(-2 * self.log_sigma_adder[at])))
+                h = torch.exp(h * (0.5 * torch.exp(-2 * self.log_sigma_conv[at])))
+            losses.append(F.mse_loss(self._standardise(g @ self.rho[at].T), self._standardise(h)))
         return torch.stack(losses).mean()
 
     def _standardise(self, x: Tensor) -> Tensor:
-        """Zero mean and unit variance per channel over batch and positions."""
+        """Zero mean and unit variance per channel, of ``[rows, C]``."""
         if self._processes.count == 1:
             return F.batch_norm(x, None, None, training=True)
         _, centred, variance = self._processes.moments(x)
-        return centred * torch.rsqrt(variance + 1e-5).view(1, -1, *(1,) * (x.dim() - 2))
+        return centred * torch.rsqrt(variance + 1e-5)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[N, C, *]`` as ``[rows, C]``, a row for each pixel: matrices are what is fastest, and free in channels_last."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anncvt import pipeline
+from anncvt import launch, pipeline
 from anncvt.errors import AnncvtError
 from anncvt.measure import DataChoice, accuracy, chosen, gate, remember, require_parity
 from anncvt.program import Program
@@ -145,6 +145,7 @@ def convert(
     resume: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
+    **training: Any,
 ) -> Program:
     """The whole way from a CNN to an adder network: load, plan, rewrite, calibrate and, if asked for, distil.
 
@@ -167,6 +168,7 @@ def convert(
         seed: of sampling, order and augmentation (of the distillation only where there is no ``config``).
         resume: go on where the conversion in ``output`` stopped.
         force: replace the program in ``output``.
+        training: further fields of :class:`~anncvt.pkkd.DistillConfig`, which win over ``config``.
 
     Raises:
         AnncvtError: no data, or any stage failed; what was finished before is in ``output``.
@@ -187,7 +189,7 @@ def convert(
         Path(output),
         calibration=data(calibrate or distill or ""),
         training=None if distill is None else data(distill),
-        config=_distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr),
+        config=_distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr, **training),
         choice=Choice.of(keep=keep, swap=swap, policy=policy, plan_file=plan_file, linear=linear),
         budget=budget,
         memory=memory,
@@ -217,12 +219,15 @@ def distill(
     seed: int = 0,
     resume: bool = False,
     progress: Progress = SILENT,
+    **training: Any,
 ) -> Program:
     """Distil (further) what was converted, and save it to its folder.
 
+    Under torchrun every process calls it, and the first of them measures, prints and writes.
+
     Args:
         data: DATA with labels; default: that of the conversion.
-        epochs, batch_size, lr, config, seed: see :func:`convert`.
+        epochs, batch_size, lr, config, seed, training: see :func:`convert`.
         resume: go on from the last training checkpoint in the folder.
 
     Raises:
@@ -234,8 +239,10 @@ def distill(
             "there is no adder network to distil", where=program.folder, fix="`anncvt convert MODEL -o DIR` first"
         )
     choice = chosen(program, _choice(data))
-    settings = _distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr)
-    yardstick = pipeline.Yardstick.find(program, choice, required=True, progress=progress)
+    settings = _distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr, **training)
+    yardstick = pipeline.Yardstick(None, None)
+    if launch.rank() == 0:
+        yardstick = pipeline.Yardstick.find(program, choice, required=True, progress=progress)
     remember(program, distill=choice)
     return pipeline.distil(program, Path(program.folder), choice, yardstick, settings, resume=resume, progress=progress)
 

@@ -57,6 +57,7 @@ def plan(model: str, **rest: Any) -> None:
 @click.option("--budget", type=options.Duration(), metavar="TIME", help="Time for the calibration: 90s, 5m, 1h.")
 @click.option("--memory", type=options.Bytes(), help="For the calibration's activations: 500M, 8G.  [default: 4G]")
 @options.training
+@options.hidden_training
 @options.max_drop
 @click.option("--resume", is_flag=True, help="Go on where the conversion in the output folder stopped.")
 @click.option("--force", is_flag=True, help="Replace the program in the output folder.")
@@ -68,6 +69,7 @@ def convert(model: str, output: Path | None, dry_run: bool, max_drop: float | No
     The whole way: plan, rewrite, calibrate and, with --distill, train.
 
     The output folder is written after every stage. After an interruption the same command with --resume goes on.
+    The other options of `anncvt distill` are taken, too.
     """
     from anncvt import api, report
 
@@ -98,6 +100,7 @@ def convert(model: str, output: Path | None, dry_run: bool, max_drop: float | No
 @click.option("--data", metavar="DATA", help="Labelled images.  [default: those of the conversion]")
 @options.reading
 @options.training
+@options.more_training
 @options.max_drop
 @click.option("--resume", is_flag=True, help="Go on from the last training checkpoint.")
 @options.hardware

@@ -361,7 +361,7 @@ TOOLS = (
     Tool("simplify", "onnxsim", rewrite=_onnxsim),
     Tool("slim", "onnxslim", rewrite=_onnxslim),
     _vino("read_model", remark="knows no model-local functions: inline first"),
-    _vino("read_model, after inlining", inlined=True, remark="its Scan sees no values from outside: `--body one`"),
+    _vino("read_model, after inlining", inlined=True, remark="its importer does not take the Scan: `--body one`"),
     _vino("read_model, `--body one`, after inlining", body="one", inlined=True,
           remark="its CPU plugin computes 64-bit integers in 32 bits: not for integers"),
     _relax("from_onnx", read=functools.partial(_tvm, False), remark="knows no model-local functions; `anncvt compile` "

@@ -42,7 +42,8 @@ __all__ = [
     "run",
 ]
 
-ONNX, INTEGER_ONNX, LIBRARY, HARDWARE, REPORT = "model.onnx", "model.int8.onnx", "model.so", "hardware", "report.html"
+ONNX, LIBRARY, HARDWARE, REPORT = "model.onnx", "model.so", "hardware", "report.html"
+INTEGER_ONNX, INTEGER_LIBRARY = "model.int8.onnx", "model.int8.so"
 #: Images that ``check`` compares the backends on.
 CHECK_IMAGES = 1000
 #: And the executions of its integers, of which some are slow.
@@ -313,7 +314,7 @@ def export(
     program: Program | str | Path,
     path: str | Path | None = None,
     *,
-    int8: bool = False,
+    integers: bool = False,
     opset: int | None = None,
     body: str = "scan",
     progress: Progress = SILENT,
@@ -321,7 +322,7 @@ def export(
     """Write the adder network as ONNX, to ``model.onnx`` in its folder unless ``path`` says else.
 
     Args:
-        int8: its integer network instead (of 8 bits or fewer), to ``model.int8.onnx``.
+        integers: write the integer network instead, to ``model.int8.onnx``.
         opset: None: 18, for integers 19.
         body: the op in standard operators: "scan", whose memory stays small, or "one", without control flow.
 
@@ -331,9 +332,9 @@ def export(
     from anncvt.runtime import onnx
 
     program = _opened(program, progress)
-    write = onnx.export_integers if int8 else onnx.export
+    write = onnx.export_integers if integers else onnx.export
     options = {} if opset is None else {"opset": opset}
-    target = _beside(program, path, INTEGER_ONNX if int8 else ONNX)
+    target = _beside(program, path, INTEGER_ONNX if integers else ONNX)
     return write(program, target, body=body, **options, progress=progress)
 
 
@@ -368,17 +369,38 @@ def export_hardware(
 
 
 def compile(
-    program: Program | str | Path, path: str | Path | None = None, *, target: str = "cpu", progress: Progress = SILENT
+    program: Program | str | Path,
+    path: str | Path | None = None,
+    *,
+    target: str = "cpu",
+    batch: int | Sequence[int] = 1,
+    integers: bool = False,
+    progress: Progress = SILENT,
 ) -> Path:
     """Compile the adder network with TVM, to ``model.so`` in its folder unless ``path`` says else.
 
+    Args:
+        target, batch: see :func:`anncvt.runtime.tvm.compile`.
+        integers: compile the integer network instead, to ``model.int8.so``.
+
     Raises:
-        AnncvtError: nothing converted yet, TVM missing, an operator without a kernel, or ``path`` cannot be written.
+        AnncvtError: nothing converted (or quantized) yet, TVM missing, an operator without a kernel, or ``path`` cannot
+            be written.
     """
-    from anncvt.runtime import tvm
+    from anncvt.runtime import integer_network, tvm
 
     program = _opened(program, progress)
-    return tvm.compile(program, _beside(program, path, LIBRARY), target=target, progress=progress)
+    if not integers:
+        return tvm.compile(program, _beside(program, path, LIBRARY), target=target, batch=batch, progress=progress)
+    return tvm.compile_integers(
+        integer_network.load(program.folder or ""),
+        program.preprocess,
+        _beside(program, path, INTEGER_LIBRARY),
+        target=target,
+        batch=batch,
+        about=tvm.about(program),
+        progress=progress,
+    )
 
 
 def check(
@@ -418,6 +440,7 @@ def check_integers(
     data: DataChoice | str | None = None,
     *,
     onnx_path: str | Path | None = None,
+    so_path: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Compare all executions of the folder's integer network bit for bit, layer by layer.
@@ -425,7 +448,8 @@ def check_integers(
     Args:
         data: the images to compare on, at most 2 unless it has a limit; default: the test images of the conversion,
             else noise.
-        onnx_path: default: what ``export`` wrote into the folder, if it did.
+        onnx_path, so_path: the exported and the compiled network; default: ``model.int8.onnx`` and ``model.int8.so``
+            in the program's folder, where they are there.
 
     Returns:
         See :func:`anncvt.runtime.check_integers.check`, and "data".
@@ -441,8 +465,10 @@ def check_integers(
     network = integer_network.load(program.folder or "")
     choice = chosen(program, _choice(data), "synthetic")
     images = choice.open("test", program.preprocess, at_most=INTEGER_IMAGES, labelled=False, progress=progress)
-    path = onnx_path or exported_file(program, INTEGER_ONNX)
-    return {**compare(network, images.pixels.numpy(), onnx_path=path, progress=progress), "data": images.name}
+    library = so_path or exported_file(program, INTEGER_LIBRARY)
+    onnx_path = onnx_path or exported_file(program, INTEGER_ONNX)
+    result = compare(network, images.pixels.numpy(), library, onnx_path, progress=progress)
+    return {**result, "data": images.name}
 
 
 def run(
@@ -450,6 +476,7 @@ def run(
     inputs: str | Path | Sequence[str | Path],
     *,
     backend: str = "torch",
+    integers: bool = False,
     top: int = 5,
     progress: Progress = SILENT,
 ) -> list[dict[str, Any]]:
@@ -457,6 +484,7 @@ def run(
 
     Args:
         backend: "torch", "onnxruntime" (what ``export`` wrote) or "tvm" (what ``compile`` wrote).
+        integers: run the integer network.
 
     Raises:
         AnncvtError: a picture cannot be read, or the backend has nothing to run.
@@ -466,9 +494,10 @@ def run(
 
     program = _opened(program, progress)
     pictures = [inputs] if isinstance(inputs, str | Path) else list(inputs)
-    name = {"onnxruntime": ONNX, "tvm": LIBRARY}.get(backend)
+    exported, compiled = (INTEGER_ONNX, INTEGER_LIBRARY) if integers else (ONNX, LIBRARY)
+    name = {"onnxruntime": exported, "tvm": compiled}.get(backend)
     path = None if name is None else exported_file(program, name)
-    return predict(program, pictures, backend=backend, path=path, top=top, progress=progress)
+    return predict(program, pictures, backend=backend, path=path, integers=integers, top=top, progress=progress)
 
 
 def bench(
@@ -478,12 +507,14 @@ def bench(
     threads: int | None = None,
     repeats: int = 50,
     seconds: float = 60,
+    teacher_in_tvm: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Time the adder network against its CNN on every backend, see :func:`anncvt.runtime.bench.bench`.
 
     Returns:
-        ``{"rows": [{"network", "backend", "dtype", "batch", "threads", "p50_ms", "p90_ms", ...}], "missing"}``.
+        ``{"rows": [{"network", "backend", "dtype", "batch", "threads", "p50_ms", "p90_ms", ...}], "missing",
+        "settings"}``.
 
     Raises:
         AnncvtError: nothing converted yet, or a file in the folder cannot be run.
@@ -492,7 +523,15 @@ def bench(
     from anncvt.runtime.bench import bench as bench_backends
 
     program = _opened(program, progress)
-    result = bench_backends(program, batch=batch, threads=threads, repeats=repeats, seconds=seconds, progress=progress)
+    result = bench_backends(
+        program,
+        batch=batch,
+        threads=threads,
+        repeats=repeats,
+        seconds=seconds,
+        teacher_in_tvm=teacher_in_tvm,
+        progress=progress,
+    )
     keep_bench(program, result)
     return result
 

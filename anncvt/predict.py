@@ -39,8 +39,10 @@ def predict(
         top: how many classes.
 
     Raises:
-        AnncvtError: a picture cannot be read, or the network makes no class scores.
+        AnncvtError: no such backend, a picture cannot be read, or the network makes no class scores.
     """
+    if backend not in BACKENDS:
+        raise AnncvtError(f"no such backend: {backend!r}", fix=f"choose one of {', '.join(BACKENDS)}")
     network = _integers(program, backend, path) if integers else _floats(program, backend, path)
     found = []
     with progress.task("running", len(pictures)) as task:
@@ -56,8 +58,7 @@ Runner = Callable[[torch.Tensor], np.ndarray]
 
 
 def _floats(program: Program, backend: str, path: Path | None) -> Runner:
-    network = _network(program, backend, path)
-    return lambda pixels: network(normalise(pixels, program.preprocess).numpy())
+    return _normalised(program, _network(program, backend, path))
 
 
 def _integers(program: Program, backend: str, path: Path | None) -> Runner:
@@ -73,6 +74,10 @@ def _integers(program: Program, backend: str, path: Path | None) -> Runner:
         return lambda pixels: exported(normalise(pixels, program.preprocess).numpy())
     compiled = _loaded(path, program, "compile DIR --int8")
     return lambda pixels: compiled(pixels) * compiled.manifest["output"]["scale"]
+
+
+def _normalised(program: Program, network: Callable[[np.ndarray], np.ndarray]) -> Runner:
+    return lambda pixels: network(normalise(pixels, program.preprocess).numpy())
 
 
 def _network(program: Program, backend: str, path: Path | None) -> Callable[[np.ndarray], np.ndarray]:

@@ -246,6 +246,7 @@ class _Kernel:
         with T.serial(self.cut.out_blocks) as o:
             with T.serial(-(-self.seen // depth)) as step, self._tiles() as tile:
                 begin, count, place = step * depth, tirx.min(depth, self.seen - step * depth), tile.index * size
+                self._expect_weights(first + o, begin, tile)
                 if self.micro:
                     self._call(self.micro, partial, place, work, first + o, tile, begin, count)
                 else:
@@ -309,6 +310,15 @@ class _Kernel:
         with T.unroll(self.cut.height) as p, T.unroll(self.cut.width) as q:
             prefetch(self.residual, start + (p * self.width + q) * LANES)
             prefetch(self.y, start + (p * self.width + q) * LANES, write=True)
+
+    def _expect_weights(self, o: Any, begin: Any, tile: _Tile) -> None:
+        """Ask for this tile's share of the weights of the next pass."""
+        block = self._panel() // self.seen
+        if self.out * self._panel() * 4 > STREAM_BYTES:
+            lines = -(-block * self.cut.depth // (LANES * math.prod(self._tile_counts())))
+            ahead = o * self._panel() + (begin + self.cut.depth) * block
+            with T.serial(lines) as line:
+                prefetch(self.weight, ahead + (tile.index * lines + line) * LANES)
 
     def _taps(self, totals: Any, work: _Item, o: Any, tile: _Tile, first: Any, count: Any) -> None:
         """Add the taps of ``count`` input blocks from ``first``."""

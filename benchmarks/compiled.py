@@ -37,8 +37,8 @@ from anncvt.runtime.inference import inference_copy
 
 #: Every kind of block that the collections have, by a small network each.
 SAMPLE = {
-    "torchvision": "alexnet vgg11 squeezenet1_1 densenet121 inception_v3 googlenet resnet18 resnext50_32x4d mobilenet_v2 "
-    "mobilenet_v3_small shufflenet_v2_x0_5 mnasnet0_5 efficientnet_b0 efficientnet_v2_s regnet_y_400mf "
+    "torchvision": "alexnet vgg11 squeezenet1_1 densenet121 inception_v3 googlenet resnet18 resnext50_32x4d "
+    "mobilenet_v2 mobilenet_v3_small shufflenet_v2_x0_5 mnasnet0_5 efficientnet_b0 efficientnet_v2_s regnet_y_400mf "
     "regnet_x_400mf convnext_tiny maxvit_t fcn_resnet50 deeplabv3_mobilenet_v3_large "
     "lraspp_mobilenet_v3_large r3d_18",
     "timm": "resnet10t seresnet18 ecaresnet26t resnet26d resnetblur18 skresnet18 res2net50_26w_4s resnest14d "

@@ -28,6 +28,7 @@ __all__ = [
     "check",
     "check_integers",
     "compile",
+    "compile_for_onnxruntime",
     "convert",
     "distill",
     "evaluate",
@@ -310,9 +311,17 @@ def quantize(
 
 
 def export(
-    program: Program | str | Path, path: str | Path | None = None, *, opset: int = 18, progress: Progress = SILENT
+    program: Program | str | Path,
+    path: str | Path | None = None,
+    *,
+    opset: int = 18,
+    fuse: bool = False,
+    progress: Progress = SILENT,
 ) -> Path:
     """Write the adder network as ONNX, to ``model.onnx`` in its folder unless ``path`` says else.
+
+    Args:
+        opset, fuse: see :func:`anncvt.runtime.onnx.export`.
 
     Raises:
         AnncvtError: nothing converted yet, not exportable, or ``path`` cannot be written.
@@ -320,7 +329,7 @@ def export(
     from anncvt.runtime import onnx
 
     program = _opened(program, progress)
-    return onnx.export(program, _beside(program, path, ONNX), opset=opset, progress=progress)
+    return onnx.export(program, _beside(program, path, ONNX), opset=opset, fuse=fuse, progress=progress)
 
 
 def export_hardware(
@@ -365,6 +374,33 @@ def compile(
 
     program = _opened(program, progress)
     return tvm.compile(program, _beside(program, path, LIBRARY), target=target, progress=progress)
+
+
+def compile_for_onnxruntime(
+    program: Program | str | Path,
+    path: str | Path | None = None,
+    *,
+    target: str | None = None,
+    progress: Progress = SILENT,
+) -> Path:
+    """Build the native library that makes the folder's ONNX files fast in onnxruntime.
+
+    It goes to ``libanncvt_ort.so`` in the folder, where :func:`anncvt.runtime.onnx.session` looks for it, unless
+    ``path`` says else.
+
+    Args:
+        target: see :func:`anncvt.runtime.onnx_native.build`.
+
+    Raises:
+        AnncvtError: nothing was exported yet, TVM or a C compiler is missing, or ``path`` cannot be written.
+    """
+    from anncvt.runtime import onnx_native
+
+    program = _opened(program, progress)
+    models = sorted(Path(program.folder).glob("*.onnx")) if program.folder else []
+    if not models:
+        raise AnncvtError("nothing was exported yet", where=program.folder, fix="run `anncvt export DIR` first")
+    return onnx_native.build(models, _beside(program, path, onnx_native.LIBRARY), target=target, progress=progress)
 
 
 def check(

@@ -178,12 +178,15 @@ def quantize(folder: str, bits: str, **rest: Any) -> None:
 @click.argument("folder", type=click.Path())
 @click.option("-o", "--output", type=click.Path(), help="Where to.  [default: FOLDER/model.onnx or FOLDER/hardware]")
 @click.option("--opset", type=int, default=18, show_default=True, help="ONNX operator set.")
+@click.option(
+    "--fuse", is_flag=True, help="onnx: adders with BatchNorm, sums and ReLU as one node, for the fast library."
+)
 @click.option("--format", "form", type=click.Choice(["onnx", "hardware"]), default="onnx", show_default=True)
 @click.option("--golden", type=click.IntRange(1), default=2, show_default=True, help="hardware: images to trace.")
 @click.option("--data", metavar="DATA", help="hardware: these images.  [default: test images of the conversion]")
 @options.reading
 @options.common
-def export(folder: str, output: str | None, opset: int, form: str, golden: int, **rest: Any) -> None:
+def export(folder: str, output: str | None, opset: int, fuse: bool, form: str, golden: int, **rest: Any) -> None:
     """Write an adder network as ONNX, or its integers for hardware.
 
     onnx runs in any onnxruntime. hardware is a folder of integer weights and golden vectors, of what quantize made.
@@ -192,7 +195,7 @@ def export(folder: str, output: str | None, opset: int, form: str, golden: int, 
 
     with working() as progress:
         if form == "onnx":
-            path = api.export(folder, output, opset=opset, progress=progress)
+            path = api.export(folder, output, opset=opset, fuse=fuse, progress=progress)
             answer(_file(path), f"wrote {path}")
         else:
             path = api.export_hardware(folder, output, _data(rest), golden=golden, progress=progress)
@@ -202,18 +205,34 @@ def export(folder: str, output: str | None, opset: int, form: str, golden: int, 
 
 @cli.command("compile", epilog="Example: anncvt compile net.ann --target avx2")
 @click.argument("folder", type=click.Path())
-@click.option("-o", "--output", type=click.Path(), help="The file to write.  [default: FOLDER/model.so]")
-@click.option("--target", default="cpu", show_default=True, help="cpu (this machine), avx2, avx512, or an LLVM target.")
+@click.option(
+    "-o", "--output", type=click.Path(), help="The file to write.  [default: FOLDER/model.so or libanncvt_ort.so]"
+)
+@click.option(
+    "--for",
+    "runtime",
+    type=click.Choice(["tvm", "onnxruntime"]),
+    default="tvm",
+    show_default=True,
+    help="onnxruntime: the library that makes the folder's ONNX files fast there.",
+)
+@click.option(
+    "--target",
+    help="cpu (this machine), avx2, avx512, or an LLVM target.  [default: cpu; for onnxruntime: every x86-64]",
+)
 @options.common
-def compile_(folder: str, output: str | None, target: str) -> None:
+def compile_(folder: str, output: str | None, runtime: str, target: str | None) -> None:
     """Compile an adder network with TVM.
 
-    The result is a shared library that runs without torch.
+    The result is a shared library that runs without torch; with --for onnxruntime, one that onnxruntime loads.
     """
     from anncvt import api
 
     with working() as progress:
-        path = api.compile(folder, output, target=target, progress=progress)
+        if runtime == "onnxruntime":
+            path = api.compile_for_onnxruntime(folder, output, target=target, progress=progress)
+        else:
+            path = api.compile(folder, output, target=target or "cpu", progress=progress)
     answer(_file(path), f"wrote {path}")
 
 

@@ -80,6 +80,9 @@ FLOORS = [
     {"anncvt.report", "anncvt.pkkd", "anncvt.pipeline"},
     {
         "anncvt.runtime.onnx",
+        "anncvt.runtime.onnx_session",
+        "anncvt.runtime.onnx_native",
+        "anncvt.runtime.onnx_fuse",
         "anncvt.runtime.check",
         "anncvt.runtime.check_integers",
         "anncvt.runtime.bench",

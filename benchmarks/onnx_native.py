@@ -3,7 +3,7 @@
     python benchmarks/onnx_native.py layers     layers of ResNet-20: definition over native
     python benchmarks/onnx_native.py memory     layers of ResNet-50: memory that the definition takes
     python benchmarks/onnx_native.py integers   layers of ResNet-50 in integers: native over QLinearConv
-    python benchmarks/onnx_native.py network    ResNet-50: native, and native with fused adders, over the CNN
+    python benchmarks/onnx_native.py network    ResNet-50: native, native with fused adders, and TVM, over the CNN
 
 One thread, batch 1, processor time, minima over interleaved repeats; memory is the peak of a process of its own.
 """
@@ -29,7 +29,8 @@ from timing import CLOCKS, interleaved
 from torch import nn
 
 from anncvt.nn import AdderConv2d
-from anncvt.runtime import onnx_native
+from anncvt.program import Preprocess
+from anncvt.runtime import onnx_native, tvm
 from anncvt.runtime.onnx import export_network, session
 from anncvt.runtime.onnx_body import DOMAIN, VERSION
 from anncvt.runtime.onnx_session import Choice, open_session
@@ -129,6 +130,9 @@ def network(folder: Path, repeats: int) -> None:
     assert choices["native"].native and choices["fused"].native
     x = {"image": np.random.default_rng(0).normal(size=(1, *size)).astype(np.float32)}
     calls = {name: lambda s=opened: s.run(None, x) for name, opened in sessions.items()}
+    preprocess = Preprocess(size, (0.5,), (0.5,))
+    compiled = tvm.load(tvm.compile_network(adders, preprocess, folder / "model.so"), threads=1)
+    calls["TVM"] = lambda: compiled(x["image"])
     times = interleaved(calls, repeats, CLOCKS["cpu"])
     for name, seconds in times.items():
         print(f"{name:10}{seconds * 1e3:10.1f} ms{seconds / times['CNN']:8.3f}")

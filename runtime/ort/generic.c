@@ -1,5 +1,6 @@
 /* Adder layers of any shape in plain loops, for what no kernel was compiled for. */
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "layer.h"
@@ -13,12 +14,36 @@
 #define EVERY_LEVEL
 #endif
 
+/* Pixels in registers, and tiles of them that meet all filters while they are in a core's cache. */
+enum { TILE = 4, TILES = 8 };
+/* Filters of a group from which on lanes of filters are better than rows of pixels. */
+enum { MANY = 4 };
+
 typedef struct {
   const Layer *layer;
   const void *x, *weight;
   void *y;
   int pad_value;
+  void *packed;
+  atomic_int failed;
 } Job;
+
+typedef float Floats __attribute__((vector_size(32)));
+typedef int32_t Integers __attribute__((vector_size(32)));
+
+#define NAME(name) name##_floats
+#define ELEMENT float
+#define SUM float
+#define VECTOR Floats
+#define DISTANCE(vector) ((Floats)((Integers)(vector) & 0x7fffffff))
+#include "dense.h"
+
+#define NAME(name) name##_integers
+#define ELEMENT uint8_t
+#define SUM int32_t
+#define VECTOR Integers
+#define DISTANCE(vector) (((vector) ^ ((vector) >> 31)) - ((vector) >> 31))
+#include "dense.h"
 
 /* Output columns whose tap in kernel column `s` lies inside the image: from *first to before *last. */
 static void inside(const Layer *layer, int64_t s, int64_t *first, int64_t *last) {
@@ -31,7 +56,7 @@ static void inside(const Layer *layer, int64_t s, int64_t *first, int64_t *last)
   if (*last < *first) *last = *first;
 }
 
-/* One output row: `row` of filter `o`, as sums of absolute differences. A task is a filter's row. */
+/* Few filters: one output row, `row` of filter `o`. A task is a filter's row. */
 #define ADDER(name, type, sum_type, distance)                                                                      \
   EVERY_LEVEL static void taps_##name(sum_type *restrict y, const type *restrict x, sum_type w, int64_t count,     \
                                       int64_t step) {                                                              \
@@ -72,12 +97,14 @@ ADDER(float, float, float, fabsf)
 ADDER(bytes, uint8_t, int32_t, absolute)
 
 OrtStatus *adder_float(const OrtKernelContext *context, const Layer *layer, const float *x, const float *weight, float *y) {
-  Job job = {layer, x, weight, y, 0};
+  Job job = {layer, x, weight, y, 0, NULL, 0};
+  if (layer->outputs / layer->groups >= MANY) return dense_floats(context, &job);
   return parallel(context, layer->outputs * out_height(layer), row_float, &job);
 }
 
 OrtStatus *adder_integer(const OrtKernelContext *context, const Layer *layer, const uint8_t *x, const uint8_t *weight,
                          uint8_t pad_value, int32_t *y) {
-  Job job = {layer, x, weight, y, pad_value};
+  Job job = {layer, x, weight, y, pad_value, NULL, 0};
+  if (layer->outputs / layer->groups >= MANY) return dense_integers(context, &job);
   return parallel(context, layer->outputs * out_height(layer), row_bytes, &job);
 }

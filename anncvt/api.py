@@ -28,6 +28,7 @@ __all__ = [
     "check",
     "check_integers",
     "compile",
+    "compile_for_onnxruntime",
     "convert",
     "distill",
     "evaluate",
@@ -324,6 +325,7 @@ def export(
     integers: bool = False,
     opset: int | None = None,
     body: str = "scan",
+    fuse: bool = False,
     progress: Progress = SILENT,
 ) -> Path:
     """Write the adder network as ONNX, to ``model.onnx`` in its folder unless ``path`` says else.
@@ -332,6 +334,7 @@ def export(
         integers: its integer network instead (of 8 bits or fewer), to ``model.int8.onnx``.
         opset: None: 18, for integers 19.
         body: the op in standard operators: "scan", whose memory stays small, or "one", without control flow.
+        fuse: see :func:`anncvt.runtime.onnx.export`; not for integers.
 
     Raises:
         AnncvtError: nothing converted yet, or not quantized yet, not exportable, or ``path`` cannot be written.
@@ -339,10 +342,11 @@ def export(
     from anncvt.runtime import onnx
 
     program = _opened(program, progress)
-    write = onnx.export_integers if integers else onnx.export
-    options = {} if opset is None else {"opset": opset}
-    target = _beside(program, path, INTEGER_ONNX if integers else ONNX)
-    return write(program, target, body=body, **options, progress=progress)
+    options: dict[str, Any] = {"body": body} | ({} if opset is None else {"opset": opset})
+    if integers:
+        target = _beside(program, path, INTEGER_ONNX)
+        return onnx.export_integers(program, target, **options, progress=progress)
+    return onnx.export(program, _beside(program, path, ONNX), fuse=fuse, **options, progress=progress)
 
 
 def export_hardware(
@@ -408,6 +412,33 @@ def compile(
         about=tvm.about(program),
         progress=progress,
     )
+
+
+def compile_for_onnxruntime(
+    program: Program | str | Path,
+    path: str | Path | None = None,
+    *,
+    target: str | None = None,
+    progress: Progress = SILENT,
+) -> Path:
+    """Build the native library that makes the folder's ONNX files fast in onnxruntime.
+
+    It goes to ``libanncvt_ort.so`` in the folder, where :func:`anncvt.runtime.onnx.session` looks for it, unless
+    ``path`` says else.
+
+    Args:
+        target: see :func:`anncvt.runtime.onnx_native.build`.
+
+    Raises:
+        AnncvtError: nothing was exported yet, TVM or a C compiler is missing, or ``path`` cannot be written.
+    """
+    from anncvt.runtime import onnx_native
+
+    program = _opened(program, progress)
+    models = sorted(Path(program.folder).glob("*.onnx")) if program.folder else []
+    if not models:
+        raise AnncvtError("nothing was exported yet", where=program.folder, fix="run `anncvt export DIR` first")
+    return onnx_native.build(models, _beside(program, path, onnx_native.LIBRARY), target=target, progress=progress)
 
 
 def check(

@@ -194,6 +194,9 @@ def quantize(folder: str, bits: str, **rest: Any) -> None:
     show_default=True,
     help="onnx: the adders' definition for runtimes without a kernel: of little memory, or without control flow.",
 )
+@click.option(
+    "--fuse", is_flag=True, help="onnx: adders with BatchNorm, sums and ReLU as one node, for the fast library."
+)
 @click.option("--format", "form", type=click.Choice(["onnx", "hardware"]), default="onnx", show_default=True)
 @click.option("--golden", type=click.IntRange(1), default=2, show_default=True, help="hardware: images to trace.")
 @click.option("--data", metavar="DATA", help="hardware: these images.  [default: test images of the conversion]")
@@ -205,6 +208,7 @@ def export(
     int8: bool,
     opset: int | None,
     body: str,
+    fuse: bool,
     form: str,
     golden: int,
     **rest: Any,
@@ -217,7 +221,9 @@ def export(
 
     with working() as progress:
         if form == "onnx":
-            path = api.export(folder, output, integers=int8, opset=opset, body=body, progress=progress)
+            if int8 and fuse:
+                raise click.UsageError("--fuse is for floats: integers come with their requantisation.")
+            path = api.export(folder, output, integers=int8, opset=opset, body=body, fuse=fuse, progress=progress)
             answer(_file(path), f"wrote {path}")
         else:
             path = api.export_hardware(folder, output, _data(rest), golden=golden, progress=progress)
@@ -227,22 +233,45 @@ def export(
 
 @cli.command("compile", epilog="Example: anncvt compile net.ann --target avx2")
 @click.argument("folder", type=click.Path())
-@click.option("-o", "--output", type=click.Path(), help="The file to write.  [default: FOLDER/model.so]")
-@click.option("--target", default="cpu", show_default=True, help="cpu (this machine), avx2, avx512, or an LLVM target.")
+@click.option(
+    "-o", "--output", type=click.Path(), help="The file to write.  [default: FOLDER/model.so or libanncvt_ort.so]"
+)
+@click.option(
+    "--for",
+    "runtime",
+    type=click.Choice(["tvm", "onnxruntime"]),
+    default="tvm",
+    show_default=True,
+    help="onnxruntime: the library that makes the folder's ONNX files fast there.",
+)
+@click.option(
+    "--target",
+    help="cpu (this machine), avx2, avx512, or an LLVM target.  [default: cpu; for onnxruntime: every x86-64]",
+)
 @click.option(
     "--batch", "batches", type=click.IntRange(1), multiple=True, help="Make it fast for such batches, too (repeatable)."
 )
 @click.option("--int8", is_flag=True, help="Compile the integer network, to FOLDER/model.int8.so.")
 @options.common
-def compile_(folder: str, output: str | None, target: str, batches: tuple[int, ...], int8: bool) -> None:
+def compile_(
+    folder: str, output: str | None, runtime: str, target: str | None, batches: tuple[int, ...], int8: bool
+) -> None:
     """Compile an adder network with TVM.
 
-    The result is a shared library that runs without torch, on any number of images at once.
+    The result is a shared library that runs without torch, on any number of images at once; with --for onnxruntime, one
+    that onnxruntime loads.
     """
     from anncvt import api
 
+    if runtime == "onnxruntime" and (batches or int8):
+        raise click.UsageError(
+            "--batch and --int8 are for TVM; a library for onnxruntime serves any batch and integers."
+        )
     with working() as progress:
-        path = api.compile(folder, output, target=target, batch=batches, integers=int8, progress=progress)
+        if runtime == "onnxruntime":
+            path = api.compile_for_onnxruntime(folder, output, target=target, progress=progress)
+        else:
+            path = api.compile(folder, output, target=target or "cpu", batch=batches, integers=int8, progress=progress)
     answer(_file(path), f"wrote {path}")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anncvt import pipeline
+from anncvt import launch, pipeline
 from anncvt.errors import AnncvtError
 from anncvt.measure import DataChoice, accuracy, chosen, gate, remember, require_parity
 from anncvt.program import Program
@@ -28,6 +28,7 @@ __all__ = [
     "check",
     "check_integers",
     "compile",
+    "compile_for_onnxruntime",
     "convert",
     "distill",
     "evaluate",
@@ -145,6 +146,7 @@ def convert(
     resume: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
+    **training: Any,
 ) -> Program:
     """The whole way from a CNN to an adder network: load, plan, rewrite, calibrate and, if asked for, distil.
 
@@ -167,6 +169,7 @@ def convert(
         seed: of sampling, order and augmentation (of the distillation only where there is no ``config``).
         resume: go on where the conversion in ``output`` stopped.
         force: replace the program in ``output``.
+        training: further fields of :class:`~anncvt.pkkd.DistillConfig`, which win over ``config``.
 
     Raises:
         AnncvtError: no data, or any stage failed; what was finished before is in ``output``.
@@ -187,7 +190,7 @@ def convert(
         Path(output),
         calibration=data(calibrate or distill or ""),
         training=None if distill is None else data(distill),
-        config=_distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr),
+        config=_distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr, **training),
         choice=Choice.of(keep=keep, swap=swap, policy=policy, plan_file=plan_file, linear=linear),
         budget=budget,
         memory=memory,
@@ -217,12 +220,15 @@ def distill(
     seed: int = 0,
     resume: bool = False,
     progress: Progress = SILENT,
+    **training: Any,
 ) -> Program:
     """Distil (further) what was converted, and save it to its folder.
 
+    Under torchrun every process calls it, and the first of them measures, prints and writes.
+
     Args:
         data: DATA with labels; default: that of the conversion.
-        epochs, batch_size, lr, config, seed: see :func:`convert`.
+        epochs, batch_size, lr, config, seed, training: see :func:`convert`.
         resume: go on from the last training checkpoint in the folder.
 
     Raises:
@@ -234,8 +240,10 @@ def distill(
             "there is no adder network to distil", where=program.folder, fix="`anncvt convert MODEL -o DIR` first"
         )
     choice = chosen(program, _choice(data))
-    settings = _distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr)
-    yardstick = pipeline.Yardstick.find(program, choice, required=True, progress=progress)
+    settings = _distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr, **training)
+    yardstick = pipeline.Yardstick(None, None)
+    if launch.rank() == 0:
+        yardstick = pipeline.Yardstick.find(program, choice, required=True, progress=progress)
     remember(program, distill=choice)
     return pipeline.distil(program, Path(program.folder), choice, yardstick, settings, resume=resume, progress=progress)
 
@@ -317,14 +325,16 @@ def export(
     integers: bool = False,
     opset: int | None = None,
     body: str = "scan",
+    fuse: bool = False,
     progress: Progress = SILENT,
 ) -> Path:
     """Write the adder network as ONNX, to ``model.onnx`` in its folder unless ``path`` says else.
 
     Args:
-        integers: write the integer network instead, to ``model.int8.onnx``.
+        integers: its integer network instead (of 8 bits or fewer), to ``model.int8.onnx``.
         opset: None: 18, for integers 19.
         body: the op in standard operators: "scan", whose memory stays small, or "one", without control flow.
+        fuse: see :func:`anncvt.runtime.onnx.export`; not for integers.
 
     Raises:
         AnncvtError: nothing converted yet, or not quantized yet, not exportable, or ``path`` cannot be written.
@@ -332,10 +342,11 @@ def export(
     from anncvt.runtime import onnx
 
     program = _opened(program, progress)
-    write = onnx.export_integers if integers else onnx.export
-    options = {} if opset is None else {"opset": opset}
-    target = _beside(program, path, INTEGER_ONNX if integers else ONNX)
-    return write(program, target, body=body, **options, progress=progress)
+    options: dict[str, Any] = {"body": body} | ({} if opset is None else {"opset": opset})
+    if integers:
+        target = _beside(program, path, INTEGER_ONNX)
+        return onnx.export_integers(program, target, **options, progress=progress)
+    return onnx.export(program, _beside(program, path, ONNX), fuse=fuse, **options, progress=progress)
 
 
 def export_hardware(
@@ -403,6 +414,33 @@ def compile(
     )
 
 
+def compile_for_onnxruntime(
+    program: Program | str | Path,
+    path: str | Path | None = None,
+    *,
+    target: str | None = None,
+    progress: Progress = SILENT,
+) -> Path:
+    """Build the native library that makes the folder's ONNX files fast in onnxruntime.
+
+    It goes to ``libanncvt_ort.so`` in the folder, where :func:`anncvt.runtime.onnx.session` looks for it, unless
+    ``path`` says else.
+
+    Args:
+        target: see :func:`anncvt.runtime.onnx_native.build`.
+
+    Raises:
+        AnncvtError: nothing was exported yet, TVM or a C compiler is missing, or ``path`` cannot be written.
+    """
+    from anncvt.runtime import onnx_native
+
+    program = _opened(program, progress)
+    models = sorted(Path(program.folder).glob("*.onnx")) if program.folder else []
+    if not models:
+        raise AnncvtError("nothing was exported yet", where=program.folder, fix="run `anncvt export DIR` first")
+    return onnx_native.build(models, _beside(program, path, onnx_native.LIBRARY), target=target, progress=progress)
+
+
 def check(
     program: Program | str | Path,
     data: DataChoice | str | None = None,
@@ -448,8 +486,8 @@ def check_integers(
     Args:
         data: the images to compare on, at most 2 unless it has a limit; default: the test images of the conversion,
             else noise.
-        onnx_path, so_path: the exported and the compiled network; default: ``model.int8.onnx`` and ``model.int8.so``
-            in the program's folder, where they are there.
+        onnx_path: the exported network; default: ``model.int8.onnx`` in the program's folder, if it is there.
+        so_path: the compiled network; default: ``model.int8.so`` there, if it is.
 
     Returns:
         See :func:`anncvt.runtime.check_integers.check`, and "data".
@@ -465,10 +503,11 @@ def check_integers(
     network = integer_network.load(program.folder or "")
     choice = chosen(program, _choice(data), "synthetic")
     images = choice.open("test", program.preprocess, at_most=INTEGER_IMAGES, labelled=False, progress=progress)
-    library = so_path or exported_file(program, INTEGER_LIBRARY)
-    onnx_path = onnx_path or exported_file(program, INTEGER_ONNX)
-    result = compare(network, images.pixels.numpy(), library, onnx_path, progress=progress)
-    return {**result, "data": images.name}
+    files = {
+        "onnx_path": onnx_path or exported_file(program, INTEGER_ONNX),
+        "so_path": so_path or exported_file(program, INTEGER_LIBRARY),
+    }
+    return {**compare(network, images.pixels.numpy(), **files, progress=progress), "data": images.name}
 
 
 def run(
@@ -484,7 +523,7 @@ def run(
 
     Args:
         backend: "torch", "onnxruntime" (what ``export`` wrote) or "tvm" (what ``compile`` wrote).
-        integers: run the integer network.
+        integers: run the integer network; ``export`` and ``compile`` with ``integers`` write it for the other two.
 
     Raises:
         AnncvtError: a picture cannot be read, or the backend has nothing to run.
@@ -494,8 +533,8 @@ def run(
 
     program = _opened(program, progress)
     pictures = [inputs] if isinstance(inputs, str | Path) else list(inputs)
-    exported, compiled = (INTEGER_ONNX, INTEGER_LIBRARY) if integers else (ONNX, LIBRARY)
-    name = {"onnxruntime": exported, "tvm": compiled}.get(backend)
+    files = {"onnxruntime": (ONNX, INTEGER_ONNX), "tvm": (LIBRARY, INTEGER_LIBRARY)}
+    name = files[backend][integers] if backend in files else None
     path = None if name is None else exported_file(program, name)
     return predict(program, pictures, backend=backend, path=path, integers=integers, top=top, progress=progress)
 

@@ -57,6 +57,7 @@ def plan(model: str, **rest: Any) -> None:
 @click.option("--budget", type=options.Duration(), metavar="TIME", help="Time for the calibration: 90s, 5m, 1h.")
 @click.option("--memory", type=options.Bytes(), help="For the calibration's activations: 500M, 8G.  [default: 4G]")
 @options.training
+@options.hidden_training
 @options.max_drop
 @click.option("--resume", is_flag=True, help="Go on where the conversion in the output folder stopped.")
 @click.option("--force", is_flag=True, help="Replace the program in the output folder.")
@@ -68,6 +69,7 @@ def convert(model: str, output: Path | None, dry_run: bool, max_drop: float | No
     The whole way: plan, rewrite, calibrate and, with --distill, train.
 
     The output folder is written after every stage. After an interruption the same command with --resume goes on.
+    The other options of `anncvt distill` are taken, too.
     """
     from anncvt import api, report
 
@@ -98,6 +100,7 @@ def convert(model: str, output: Path | None, dry_run: bool, max_drop: float | No
 @click.option("--data", metavar="DATA", help="Labelled images.  [default: those of the conversion]")
 @options.reading
 @options.training
+@options.more_training
 @options.max_drop
 @click.option("--resume", is_flag=True, help="Go on from the last training checkpoint.")
 @options.hardware
@@ -191,6 +194,9 @@ def quantize(folder: str, bits: str, **rest: Any) -> None:
     show_default=True,
     help="onnx: the adders' definition for runtimes without a kernel: of little memory, or without control flow.",
 )
+@click.option(
+    "--fuse", is_flag=True, help="onnx: adders with BatchNorm, sums and ReLU as one node, for the fast library."
+)
 @click.option("--format", "form", type=click.Choice(["onnx", "hardware"]), default="onnx", show_default=True)
 @click.option("--golden", type=click.IntRange(1), default=2, show_default=True, help="hardware: images to trace.")
 @click.option("--data", metavar="DATA", help="hardware: these images.  [default: test images of the conversion]")
@@ -202,6 +208,7 @@ def export(
     int8: bool,
     opset: int | None,
     body: str,
+    fuse: bool,
     form: str,
     golden: int,
     **rest: Any,
@@ -214,7 +221,9 @@ def export(
 
     with working() as progress:
         if form == "onnx":
-            path = api.export(folder, output, integers=int8, opset=opset, body=body, progress=progress)
+            if int8 and fuse:
+                raise click.UsageError("--fuse is for floats: integers come with their requantisation.")
+            path = api.export(folder, output, integers=int8, opset=opset, body=body, fuse=fuse, progress=progress)
             answer(_file(path), f"wrote {path}")
         else:
             path = api.export_hardware(folder, output, _data(rest), golden=golden, progress=progress)
@@ -224,22 +233,45 @@ def export(
 
 @cli.command("compile", epilog="Example: anncvt compile net.ann --target avx2")
 @click.argument("folder", type=click.Path())
-@click.option("-o", "--output", type=click.Path(), help="The file to write.  [default: FOLDER/model.so]")
-@click.option("--target", default="cpu", show_default=True, help="cpu (this machine), avx2, avx512, or an LLVM target.")
+@click.option(
+    "-o", "--output", type=click.Path(), help="The file to write.  [default: FOLDER/model.so or libanncvt_ort.so]"
+)
+@click.option(
+    "--for",
+    "runtime",
+    type=click.Choice(["tvm", "onnxruntime"]),
+    default="tvm",
+    show_default=True,
+    help="onnxruntime: the library that makes the folder's ONNX files fast there.",
+)
+@click.option(
+    "--target",
+    help="cpu (this machine), avx2, avx512, or an LLVM target.  [default: cpu; for onnxruntime: every x86-64]",
+)
 @click.option(
     "--batch", "batches", type=click.IntRange(1), multiple=True, help="Make it fast for such batches, too (repeatable)."
 )
 @click.option("--int8", is_flag=True, help="Compile the integer network, to FOLDER/model.int8.so.")
 @options.common
-def compile_(folder: str, output: str | None, target: str, batches: tuple[int, ...], int8: bool) -> None:
+def compile_(
+    folder: str, output: str | None, runtime: str, target: str | None, batches: tuple[int, ...], int8: bool
+) -> None:
     """Compile an adder network with TVM.
 
-    The result is a shared library that runs without torch, on any number of images at once.
+    The result is a shared library that runs without torch, on any number of images at once; with --for onnxruntime, one
+    that onnxruntime loads.
     """
     from anncvt import api
 
+    if runtime == "onnxruntime" and (batches or int8):
+        raise click.UsageError(
+            "--batch and --int8 are for TVM; a library for onnxruntime serves any batch and integers."
+        )
     with working() as progress:
-        path = api.compile(folder, output, target=target, batch=batches, integers=int8, progress=progress)
+        if runtime == "onnxruntime":
+            path = api.compile_for_onnxruntime(folder, output, target=target, progress=progress)
+        else:
+            path = api.compile(folder, output, target=target or "cpu", batch=batches, integers=int8, progress=progress)
     answer(_file(path), f"wrote {path}")
 
 
@@ -247,10 +279,8 @@ def compile_(folder: str, output: str | None, target: str, batches: tuple[int, .
 @click.argument("folder", type=click.Path())
 @click.option("--data", metavar="DATA", help="Images to compare on.  [default: test images of the conversion]")
 @options.reading
-@click.option(
-    "--onnx", "onnx_path", type=click.Path(), help="[default: FOLDER/model.onnx, --int8: FOLDER/model.int8.onnx]"
-)
-@click.option("--so", "so_path", type=click.Path(), help="[default: FOLDER/model.so, --int8: FOLDER/model.int8.so]")
+@click.option("--onnx", "onnx_path", type=click.Path(), help="[default: FOLDER/model.onnx, --int8: model.int8.onnx]")
+@click.option("--so", "so_path", type=click.Path(), help="[default: FOLDER/model.so, --int8: model.int8.so]")
 @click.option("--int8", is_flag=True, help="Compare the executions of the integer network, bit for bit.")
 @click.option("--layers", is_flag=True, help="--int8: list every layer.")
 @options.threads
@@ -266,8 +296,7 @@ def check(folder: str, onnx_path: str | None, so_path: str | None, int8: bool, l
         from anncvt.runtime.check_integers import require_equal
 
         with working() as progress:
-            files = {"onnx_path": onnx_path, "so_path": so_path}
-            result = api.check_integers(folder, _data(rest), **files, progress=progress)
+            result = api.check_integers(folder, _data(rest), onnx_path=onnx_path, so_path=so_path, progress=progress)
         answer(result, report.equality(result, layers=layers))
         require_equal(result)
         return

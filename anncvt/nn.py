@@ -64,8 +64,13 @@ class _AdderNd(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.norm = _NORMS[self.ndim](out_channels) if norm else None
-        # AdderNet's own initialisation: weights on the scale of normalised activations
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """AdderNet's own initialisation: weights on the scale of normalised activations."""
         nn.init.normal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def _tuple(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
         return (value,) * self.ndim if isinstance(value, int) else tuple(value)

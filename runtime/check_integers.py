@@ -31,9 +31,9 @@ class Unavailable(Exception):
 def check(
     network: IntegerNetwork,
     pixels: Array,
-    library: str | Path | None = None,
-    onnx_path: str | Path | None = None,
     *,
+    onnx_path: str | Path | None = None,
+    so_path: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Compare every accumulator and every output of every execution with the numpy reference.
@@ -42,8 +42,8 @@ def check(
 
     Args:
         pixels: ``[N, C, H, W]`` uint8, a few: the reference is slow.
-        library: what :func:`anncvt.runtime.tvm.compile_integers` wrote, or None.
-        onnx_path: what :func:`anncvt.runtime.onnx.export_integers` wrote, or None.
+        onnx_path: the exported network; None: it is left out.
+        so_path: what :func:`anncvt.runtime.tvm.compile_integers` wrote; None: it is left out.
 
     Returns:
         ``{"ok", "images", "reference", "layers": [names], "backends": {name: {"ok", "compared": [names],
@@ -63,7 +63,7 @@ def check(
     missing = {}
     comparisons: dict[str, Comparison] = {
         **COMPARISONS,
-        LIBRARY: functools.partial(_library, library),
+        LIBRARY: functools.partial(_library, so_path),
         "onnxruntime": functools.partial(_onnxruntime, onnx_path),
     }
     with progress.task("comparing integers", 1 + len(comparisons)) as task:

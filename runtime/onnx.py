@@ -32,7 +32,13 @@ INTEGER_OPSET = 19
 
 
 def export(
-    program: Program, path: str | Path, *, opset: int = 18, body: str = "scan", progress: Progress = SILENT
+    program: Program,
+    path: str | Path,
+    *,
+    opset: int = 18,
+    body: str = "scan",
+    fuse: bool = False,
+    progress: Progress = SILENT,
 ) -> Path:
     """Write the student as ONNX. Equal programs give equal bytes.
 
@@ -43,6 +49,8 @@ def export(
         path: the ``.onnx`` file. Weights beyond 2 GB go to a second file beside it.
         opset: ONNX operator-set version. Below 18 only networks whose operators onnx can convert back.
         body: how the op is defined in standard operators, one of :data:`anncvt.runtime.onnx_body.BODIES`.
+        fuse: adders with the BatchNorm, addition and ReLU behind them as one node: fast with the native library,
+            slower without it.
 
     Returns:
         ``path``.
@@ -59,6 +67,7 @@ def export(
         path,
         opset=opset,
         body=body,
+        fuse=fuse,
         metadata_props=metadata(program),
         progress=progress,
     )
@@ -71,6 +80,7 @@ def export_network(
     *,
     opset: int = 18,
     body: str = "scan",
+    fuse: bool = False,
     metadata_props: Mapping[str, str] | None = None,
     progress: Progress = SILENT,
 ) -> Path:
@@ -80,6 +90,10 @@ def export_network(
 
     with progress.task("exporting to ONNX", None):
         model = translate(network, input_size, opset, body, INPUT, OUTPUT)
+        if fuse:
+            from anncvt.runtime.onnx_fuse import fuse as fuse_adders
+
+            fuse_adders(model, opset)
         model.metadata_props.update(metadata_props or {})
         write(model, Path(path))
     return Path(path)
@@ -146,33 +160,30 @@ def metadata(program: Program, network: IntegerNetwork | None = None) -> dict[st
     }
 
 
-def session(path: str | Path, *, threads: int | None = None) -> onnxruntime.InferenceSession:
+def session(
+    path: str | Path, *, threads: int | None = None, library: str | Path | None = None
+) -> onnxruntime.InferenceSession:
     """Open an exported file in onnxruntime, on the CPU.
+
+    Its attribute ``anncvt`` tells whether the native library runs the adders, and why
+    (:class:`anncvt.runtime.onnx_session.Choice`).
 
     Args:
         threads: threads of one operator; None: onnxruntime's choice, one per core.
+        library: the native library, or ``"none"``. None: what ``ANNCVT_ORT_LIBRARY`` names, else ``libanncvt_ort.so``
+            beside the model if it is there.
 
     Raises:
         AnncvtError: the file is missing, damaged, of another version of the op, or needs operators that this
-            onnxruntime lacks.
+            onnxruntime lacks; or a library that was named does not fit.
     """
-    import onnxruntime
+    from anncvt.runtime.onnx_session import open_session
 
     path = Path(path)
     if not path.is_file():
         raise AnncvtError("no such file", where=str(path), fix="write it with `anncvt export DIR -o model.onnx`")
     _check_domain(path)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads or 0
-    try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's errors have no common base
-        raise AnncvtError(
-            f"onnxruntime {onnxruntime.__version__} does not open it: {first_line(error)}",
-            where=str(path),
-            fix="export it again, with a lower --opset for an older onnxruntime",
-        ) from error
+    return open_session(path, threads, library)
 
 
 def run(session: onnxruntime.InferenceSession, images: np.ndarray) -> np.ndarray:

@@ -78,8 +78,12 @@ FLOORS = [
     {"anncvt.page"},
     {"anncvt.facts", "anncvt.quantization"},
     {"anncvt.report", "anncvt.pkkd", "anncvt.pipeline"},
+    {name for name in MODULES if name.startswith("anncvt.distillation.") and not name.endswith(".config")},
     {
         "anncvt.runtime.onnx",
+        "anncvt.runtime.onnx_session",
+        "anncvt.runtime.onnx_native",
+        "anncvt.runtime.onnx_fuse",
         "anncvt.runtime.check",
         "anncvt.runtime.check_integers",
         "anncvt.runtime.bench",

@@ -96,7 +96,8 @@ def test_contents(built):
     wheel, sdist = built
     inside = set(zipfile.ZipFile(wheel).namelist())
     assert sources() <= inside and {"anncvt/py.typed", "anncvt/page.css"} <= inside
-    assert {f"anncvt/runtime/chip/{path.name}" for path in (ROOT / "runtime" / "chip").iterdir()} <= inside
+    for folder in ("chip", "ort"):
+        assert {f"anncvt/runtime/{folder}/{path.name}" for path in (ROOT / "runtime" / folder).iterdir()} <= inside
     assert not any(name.startswith(("passes/", "runtime/", "tests/")) for name in inside)
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}

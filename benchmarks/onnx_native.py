@@ -1,0 +1,185 @@
+"""The native library of onnxruntime against the op's definition, and against onnxruntime's own CNN, on this machine.
+
+    python benchmarks/onnx_native.py layers     layers of ResNet-20: definition over native
+    python benchmarks/onnx_native.py memory     layers of ResNet-50: memory that the definition takes
+    python benchmarks/onnx_native.py integers   layers of ResNet-50 in integers: native over QLinearConv
+    python benchmarks/onnx_native.py network    ResNet-50: native, native with fused adders, and TVM, over the CNN
+
+One thread, batch 1, processor time, minima over interleaved repeats; memory is the peak of a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import anncvt  # noqa: F401  (before torch: it sets the environment of the thread pools)
+
+# isort: split
+import numpy as np
+import onnx
+from int8 import qlinear_convolution
+from onnx import TensorProto, helper, numpy_helper
+from residual import pair
+from shapes import RESNET20, RESNET50, Layer
+from timing import CLOCKS, interleaved
+from torch import nn
+
+from anncvt.nn import AdderConv2d
+from anncvt.program import Preprocess
+from anncvt.runtime import onnx_native, tvm
+from anncvt.runtime.onnx import export_network, session
+from anncvt.runtime.onnx_body import DOMAIN, VERSION
+from anncvt.runtime.onnx_session import Choice, open_session
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["layers", "memory", "integers", "network"])
+    parser.add_argument("--repeats", type=int, default=20)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        {"layers": layers, "memory": memory, "integers": integers, "network": network}[options.what](
+            Path(scratch), options.repeats
+        )
+
+
+def layers(folder: Path, repeats: int) -> None:
+    functions = definitions(folder)
+    paths = [write(folder, index, layer, functions) for index, layer in enumerate(RESNET20)]
+    library = onnx_native.build(paths, folder / onnx_native.LIBRARY, target="cpu")
+    totals = {"definition": 0.0, "native": 0.0}
+    print(f"{'layer':30}{'definition, ms':>16}{'native, ms':>16}{'ratio':>8}")
+    for layer, path in zip(RESNET20, paths, strict=True):
+        x = {"x": floats(layer)}
+        stock, native = (session(path, threads=1, library=each) for each in ("none", library))
+        times = interleaved(
+            {"definition": lambda s=stock, x=x: s.run(None, x), "native": lambda s=native, x=x: s.run(None, x)},
+            repeats,
+            CLOCKS["cpu"],
+        )
+        totals = {name: totals[name] + layer.count * times[name] for name in totals}
+        row(str(layer), times, "definition", "native")
+    row("all layers", totals, "definition", "native")
+
+
+def memory(folder: Path, repeats: int) -> None:
+    """The output is part of it."""
+    functions = definitions(folder)
+    print(f"{'layer':30}{'memory, MB':>12}")
+    for index, layer in enumerate(RESNET50):
+        path = write(folder, index, layer, functions)
+        done = subprocess.run([sys.executable, "-c", _PEAK, str(path)], capture_output=True, text=True, check=True)
+        print(f"{layer!s:30}{int(done.stdout.split()[-1]) / 1e6:12.1f}", flush=True)
+
+
+#: Bytes that the first call adds at its peak to what the opened session has; imports as little as it can.
+_PEAK = """
+import sys
+import numpy, onnxruntime
+def read(name):
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+x = numpy.ones([1, *session.get_inputs()[0].shape[1:]], numpy.float32)
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+before = read("VmRSS")
+session.run(None, {"x": x})
+print(read("VmHWM") - before)
+"""
+
+
+def integers(folder: Path, repeats: int) -> None:
+    """The adder ends with int32 sums in plain layout, QLinearConv with requantised bytes."""
+    paths = [write(folder, index, layer, [], integer=True) for index, layer in enumerate(RESNET50)]
+    library = onnx_native.build(paths, folder / onnx_native.LIBRARY, target="cpu")
+    totals = {"native": 0.0, "QLinearConv": 0.0}
+    print(f"{'layer':30}{'native, ms':>16}{'QLinearConv, ms':>16}{'ratio':>8}")
+    for layer, path in zip(RESNET50, paths, strict=True):
+        random = np.random.default_rng(0)
+        x = {"x": random.integers(0, 256, (1, layer.channels, layer.size, layer.size)).astype(np.uint8)}
+        weight = random.integers(-127, 128, (layer.outputs, layer.channels, layer.kernel, layer.kernel)).astype(np.int8)
+        peer = folder / "peer.onnx"
+        onnx.save(qlinear_convolution(layer, weight), peer)
+        native, convolution = open_session(path, 1, library), open_session(peer, 1)
+        times = interleaved(
+            {"native": lambda s=native, x=x: s.run(None, x), "QLinearConv": lambda s=convolution, x=x: s.run(None, x)},
+            repeats,
+            CLOCKS["cpu"],
+        )
+        totals = {name: totals[name] + layer.count * times[name] for name in totals}
+        row(str(layer), times, "native", "QLinearConv")
+    row("all layers", totals, "native", "QLinearConv")
+
+
+def network(folder: Path, repeats: int) -> None:
+    cnn, adders = pair(64)
+    size = (3, 224, 224)
+    paths = {
+        "CNN": export_network(cnn, size, folder / "cnn.onnx"),
+        "native": export_network(adders, size, folder / "native.onnx"),
+        "fused": export_network(adders, size, folder / "fused.onnx", fuse=True),
+    }
+    onnx_native.build([paths["native"], paths["fused"]], folder / onnx_native.LIBRARY, target="cpu")
+    sessions = {name: session(path, threads=1) for name, path in paths.items()}
+    choices: dict[str, Choice] = {name: opened.anncvt for name, opened in sessions.items()}
+    assert choices["native"].native and choices["fused"].native
+    x = {"image": np.random.default_rng(0).normal(size=(1, *size)).astype(np.float32)}
+    calls = {name: lambda s=opened: s.run(None, x) for name, opened in sessions.items()}
+    preprocess = Preprocess(size, (0.5,), (0.5,))
+    compiled = tvm.load(tvm.compile_network(adders, preprocess, folder / "model.so"), threads=1)
+    calls["TVM"] = lambda: compiled(x["image"])
+    times = interleaved(calls, repeats, CLOCKS["cpu"])
+    for name, seconds in times.items():
+        print(f"{name:10}{seconds * 1e3:10.1f} ms{seconds / times['CNN']:8.3f}")
+
+
+def row(title: str, times: dict[str, float], first: str, second: str) -> None:
+    """Two times and the first over the second."""
+    figures = f"{times[first] * 1e3:16.3f}{times[second] * 1e3:16.3f}{times[first] / times[second]:8.2f}"
+    print(f"{title:30}{figures}", flush=True)
+
+
+def definitions(folder: Path) -> list[onnx.FunctionProto]:
+    """The ops' definitions, from a file that was exported."""
+    path = export_network(nn.Sequential(AdderConv2d(3, 4, 1), nn.Flatten()).eval(), (3, 4, 4), folder / "small.onnx")
+    return list(onnx.load(path).functions)
+
+
+def floats(layer: Layer) -> np.ndarray:
+    shape = (1, layer.channels, layer.size, layer.size)
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def write(
+    folder: Path, index: int, layer: Layer, functions: list[onnx.FunctionProto], *, integer: bool = False
+) -> Path:
+    """A model of the adder layer alone."""
+    random = np.random.default_rng(1)
+    shape = (layer.outputs, layer.channels, layer.kernel, layer.kernel)
+    weight = random.integers(0, 256, shape).astype(np.uint8) if integer else random.normal(size=shape).astype("f")
+    op = "AdderInteger2d" if integer else "Adder2d"
+    window = {
+        "strides": [layer.stride] * 2,
+        "pads": [layer.padding] * 4,
+        "dilations": [1, 1],
+        "group": 1,
+    }
+    node = helper.make_node(op, ["x", "w"], ["y"], domain=DOMAIN, **window)
+    element, result = (TensorProto.UINT8, TensorProto.INT32) if integer else (TensorProto.FLOAT, TensorProto.FLOAT)
+    x = helper.make_tensor_value_info("x", element, ["batch", layer.channels, layer.size, layer.size])
+    y = helper.make_tensor_value_info("y", result, None)
+    graph = helper.make_graph([node], "layer", [x], [y], [numpy_helper.from_array(weight, "w")])
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, VERSION)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=9, functions=functions)
+    path = folder / f"{op}-{index}.onnx"
+    onnx.save(model, path)
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Which kernels a session of onnxruntime gets: those of the native library, or the definitions inside the model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anncvt.errors import AnncvtError, first_line
+from anncvt.runtime import artifact, processor
+from anncvt.runtime.onnx_body import DOMAIN, VERSION
+from anncvt.runtime.onnx_native import FORMAT, LIBRARY
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
+
+#: Names the library where it does not lie beside the model; "none": no library.
+VARIABLE = "ANNCVT_ORT_LIBRARY"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a session executes the adders of its model; ``why`` is a sentence."""
+
+    native: bool
+    why: str
+    library: Path | None = None
+
+
+def open_session(path: Path, threads: int | None, library: str | Path | None = None) -> onnxruntime.InferenceSession:
+    """See :func:`anncvt.runtime.onnx.session`; the model's version of the op was checked."""
+    choice = choose(path, library)
+    if choice.native:
+        try:
+            return _told(_open(path, threads, choice.library), choice)
+        except Exception as error:  # onnxruntime's errors have no common base
+            if library is not None:
+                raise AnncvtError(
+                    f"onnxruntime does not open it with the native library: {first_line(error)}",
+                    where=str(path),
+                    fix="build the library again with `anncvt compile DIR --for onnxruntime`",
+                ) from error
+            choice = Choice(False, f"{choice.library} did not work: {first_line(error)}")
+    return _told(_open_stock(path, threads), choice)
+
+
+def choose(path: Path, library: str | Path | None = None) -> Choice:
+    """Whether the native library can run all adders of the model at ``path``, and which library that is.
+
+    Raises:
+        AnncvtError: a library that was asked for, with ``library`` or :data:`VARIABLE`, is missing, damaged or for
+            another machine.
+    """
+    import onnx
+
+    asked = os.environ.get(VARIABLE) if library is None else library
+    if asked is not None and str(asked) == "none":
+        return Choice(False, "no library is wanted")
+    model = onnx.load(path, load_external_data=False)
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
+    if not nodes:
+        return Choice(False, "the model has no adders")
+    place = Path(asked) if asked is not None else path.parent / LIBRARY
+    if asked is None and not place.is_file():
+        return Choice(
+            False, f"there is no {LIBRARY} beside the model: `anncvt compile DIR --for onnxruntime` builds it"
+        )
+    try:
+        manifest = artifact.read_manifest(place)
+        _check(manifest, place)
+    except AnncvtError as error:
+        if asked is not None:
+            raise
+        return Choice(False, str(error))
+    for node in nodes:
+        if (reason := _beyond(node, model, manifest["ops"])) is not None:
+            return Choice(False, reason)
+    return Choice(True, "all adders run in the native library", place)
+
+
+def _check(manifest: dict[str, Any], place: Path) -> None:
+    fix = "build it again with `anncvt compile DIR --for onnxruntime`"
+    if "domain" not in manifest:
+        raise AnncvtError("not a library for onnxruntime", where=str(place), fix=fix)
+    if manifest["format"] > FORMAT or manifest["domain"].get(DOMAIN) != VERSION:
+        raise AnncvtError("made by another version of anncvt", where=str(place), fix=fix)
+    if manifest["architecture"] != processor.architecture():
+        raise AnncvtError(
+            f"made for {manifest['architecture']}, this machine is {processor.architecture()}",
+            where=str(place),
+            fix=fix,
+        )
+
+
+def _beyond(node: onnx.NodeProto, model: onnx.ModelProto, ops: dict[str, str]) -> str | None:
+    """What the library lacks for ``node``."""
+    import onnx
+
+    if node.op_type not in ops:
+        return f"the library has no {node.op_type}"
+    types = _types(model)
+    for name in node.input:
+        if types.get(name):
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(types[name]).name
+            if dtype != ops[node.op_type]:
+                return f"{node.name or node.op_type} is in {dtype}, the library's {node.op_type} in {ops[node.op_type]}"
+    return None
+
+
+def _types(model: onnx.ModelProto) -> dict[str, int]:
+    """Element types by name, as far as the model states them."""
+    found = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for value in (*model.graph.input, *model.graph.value_info):
+        found[value.name] = value.type.tensor_type.elem_type
+    return found
+
+
+def _open(path: Path, threads: int | None, library: Path | None) -> onnxruntime.InferenceSession:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    if library is not None:
+        options.register_custom_ops_library(str(library.resolve()))
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _open_stock(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
+    import onnxruntime
+
+    try:
+        return _open(path, threads, None)
+    except Exception as error:  # onnxruntime's errors have no common base
+        raise AnncvtError(
+            f"onnxruntime {onnxruntime.__version__} does not open it: {first_line(error)}",
+            where=str(path),
+            fix="export it again, with a lower --opset for an older onnxruntime",
+        ) from error
+
+
+def _told(session: onnxruntime.InferenceSession, choice: Choice) -> onnxruntime.InferenceSession:
+    session.anncvt = choice
+    _log.info("%s: %s", "native" if choice.native else "stock", choice.why)
+    return session

@@ -1,0 +1,109 @@
+/* Finding and calling compiled kernels. */
+#include "compiled.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+static atomic_uint_fast64_t calls;
+
+/* How often compiled kernels ran in this process: tells a test, or a puzzled user, that they do. */
+__attribute__((visibility("default"))) uint64_t anncvt_compiled_calls(void) { return atomic_load(&calls); }
+
+/* Levels of x86-64; elsewhere there is only level 0, made for the machine that built the library. */
+static int supported(int level) {
+#if defined(__x86_64__)
+  if (level == 0) return 1;
+  const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                   __builtin_cpu_supports("bmi2");
+  if (level == 1) return avx2;
+  const int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                     __builtin_cpu_supports("avx512vl");
+  if (level == 2) return avx512;
+  return avx512 && __builtin_cpu_supports("avx512vnni");
+#else
+  return level == 0;
+#endif
+}
+
+static int same_layer(const Layer *a, const Layer *b, int any_size) {
+  Layer other = *b;
+  if (any_size) {
+    other.height = a->height;
+    other.width = a->width;
+  }
+  return memcmp(a, &other, sizeof other) == 0;
+}
+
+const Compiled *find_compiled(int kind, const Layer *layer, const Epilogue *epilogue, const Compiled *like) {
+  const Compiled *best = NULL;
+  for (int i = 0; i < compiled_count; ++i) {
+    const Compiled *kernel = &compiled_kernels[i];
+    if (kernel->kind != kind || kernel->epilogue.fused != epilogue->fused ||
+        kernel->epilogue.residual != epilogue->residual)
+      continue;
+    if (epilogue->fused && (kernel->epilogue.low != epilogue->low || kernel->epilogue.high != epilogue->high)) continue;
+    if (!same_layer(&kernel->layer, layer, !like)) continue;
+    if (like ? kernel->level != like->level : !supported(kernel->level)) continue;
+    if (!best || kernel->level > best->level) best = kernel;
+  }
+  return best;
+}
+
+enum { MOST_ARGUMENTS = 6, MOST_DIMENSIONS = 6 };
+
+typedef struct {
+  Tensor tensors[MOST_ARGUMENTS];
+  int64_t shapes[MOST_ARGUMENTS][MOST_DIMENSIONS];
+  Argument arguments[MOST_ARGUMENTS];
+  int count;
+} Call;
+
+static void add(Call *call, const void *data, int code, int bits, int rank, const int64_t *shape) {
+  const int at = call->count++;
+  memcpy(call->shapes[at], shape, rank * sizeof *shape);
+  call->tensors[at] = (Tensor){(void *)data, DEVICE_CPU, 0, rank, code, bits, 1, call->shapes[at], NULL, 0};
+  call->arguments[at] = (Argument){TENSOR_POINTER, 0, &call->tensors[at]};
+}
+
+#define ADD(data, code, bits, ...)                                                        \
+  do {                                                                                    \
+    const int64_t shape_[] = {__VA_ARGS__};                                               \
+    add(&call, data, code, bits, (int)(sizeof shape_ / sizeof *shape_), shape_);          \
+  } while (0)
+
+OrtStatus *call_compiled(const OrtKernelContext *context, const Compiled *kernel, const void *x, const char *constants,
+                         const void *residual, void *y) {
+  const Layer *layer = &kernel->layer;
+  const Packing places = packing(kernel);
+  const int64_t outputs = blocks(layer->outputs), height = out_height(layer), width = out_width(layer);
+  const int code = kernel->kind == FLOAT_ADDER ? CODE_FLOAT : CODE_UINT, bits = kernel->kind == FLOAT_ADDER ? 32 : 8;
+  Call call;
+  call.count = 0;
+  if (kernel->blocked)
+    ADD(x, code, bits, 1, blocks(layer->channels), layer->height, layer->width, LANES);
+  else
+    ADD(x, code, bits, 1, layer->channels, layer->height, layer->width);
+  if (kernel->kind == FLOAT_ADDER) {
+    const int64_t cells = ceil_div(depth_of(layer), kernel->depth);
+    ADD(constants + places.weight, code, bits, outputs, cells, layer->kernel[0], layer->kernel[1], kernel->depth, LANES);
+    ADD(constants + places.first, code, bits, outputs + 1, LANES);
+    ADD(constants + places.second, code, bits, outputs, LANES);
+    if (residual) ADD(residual, code, bits, 1, outputs, height, width, LANES);
+    ADD(y, code, bits, 1, outputs, height, width, LANES);
+  } else {
+    const Panels *panels = &kernel->panels;
+    const int64_t all = layer->groups * panels->panels, lanes = panels->vectors * panels->lanes;
+    ADD(constants + places.weight, code, bits, all, panels->cells, layer->kernel[0], layer->kernel[1],
+        panels->cell / panels->group, lanes * panels->group);
+    ADD(constants + places.first, CODE_INT, 32, all * lanes);
+    ADD(constants + places.second, CODE_INT, 32, 5);
+    ADD(y, CODE_INT, 32, 1, outputs, height, width, LANES);
+  }
+  Argument result = {0, 0, NULL};
+  use_context(context);
+  atomic_fetch_add(&calls, 1);
+  if (kernel->function(NULL, call.arguments, call.count, &result))
+    return CreateStatus(FAILED, "ai.anncvt: a compiled kernel refused its arguments, or there is no memory");
+  return NULL;
+}

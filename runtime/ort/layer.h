@@ -1,0 +1,97 @@
+/* What the parts of the library share: a layer, the compiled kernels there are, memory, layouts. */
+#ifndef ANNCVT_LAYER_H
+#define ANNCVT_LAYER_H
+
+#include <math.h>
+
+#include "ort_api.h"
+
+enum { LANES = 16, ALIGNMENT = 64 };
+
+/* The operands of a layer. Blocked tensors are [N, ceil(C/16), H, W, 16], lanes beyond the last channel zero. */
+typedef struct {
+  int64_t channels, height, width; /* of one image */
+  int64_t outputs, kernel[2];
+  int64_t strides[2], pads[4], dilations[2], groups;
+} Layer;
+
+enum { FLOAT_ADDER, INTEGER_ADDER };
+
+/* Weights of an integer kernel: [panels, cells, kh, kw, steps, vectors, group/together, lanes, together]. */
+typedef struct {
+  int panels;            /* of one group */
+  int vectors, lanes;    /* a panel is vectors * lanes outputs */
+  int group, together;   /* channels of one step; of those, side by side */
+  int cells, cell;       /* cells of one group's channels, channels of a cell */
+  int maxima;            /* the kernel sums max(x, w): base holds the sum of the weights */
+  const int16_t *order;  /* output of each lane of a panel */
+} Panels;
+
+/* What a fused layer does with its sums: y = clip(scale * sum + shift + residual, low, high). */
+typedef struct {
+  int fused, residual;
+  float low, high;
+} Epilogue;
+
+/* A function compiled by TVM for one layer of one size and one instruction set. Generated. */
+typedef struct {
+  int kind, level;
+  Layer layer;
+  int blocked;       /* x is blocked, else plain */
+  int maxima;        /* float: shift holds scale times the sum of the weights */
+  int depth;         /* float: channels side by side in the weights */
+  Epilogue epilogue;
+  Panels panels;     /* integer */
+  int (*function)(void *, const void *, int32_t, void *);
+} Compiled;
+
+extern const Compiled compiled_kernels[];
+extern const int compiled_count;
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t blocks(int64_t channels) { return ceil_div(channels, LANES); }
+static inline int64_t reach(const Layer *layer, int axis) {
+  return layer->dilations[axis] * (layer->kernel[axis] - 1) + 1;
+}
+static inline int64_t out_height(const Layer *layer) {
+  return (layer->height + layer->pads[0] + layer->pads[2] - reach(layer, 0)) / layer->strides[0] + 1;
+}
+static inline int64_t out_width(const Layer *layer) {
+  return (layer->width + layer->pads[1] + layer->pads[3] - reach(layer, 1)) / layer->strides[1] + 1;
+}
+static inline int64_t depth_of(const Layer *layer) { return layer->channels / layer->groups; }
+static inline int64_t taps_of(const Layer *layer) {
+  return depth_of(layer) * layer->kernel[0] * layer->kernel[1];
+}
+
+/* memory.c: memory of the calling thread, aligned, kept for the next request; NULL where there is none. */
+void *workspace(size_t bytes);
+void release(void *memory);
+
+/* parallel.c: task(data, 0 .. count-1) on the threads of the session that calls. */
+OrtStatus *parallel(const OrtKernelContext *context, int64_t count, void (*task)(void *, size_t), void *data);
+
+/* layout.c */
+OrtStatus *block(const OrtKernelContext *context, const void *x, void *y, int64_t channels, int64_t pixels, int bytes);
+OrtStatus *unblock(const OrtKernelContext *context, const void *x, void *y, int64_t channels, int64_t pixels, int bytes);
+
+/* pack.c: bytes of packed constants, and packing; all of them in one piece of memory. */
+typedef struct {
+  size_t weight, first, second, bytes; /* places in the piece, and its size */
+} Packing;
+Packing packing(const Compiled *kernel);
+void pack_float(const Compiled *kernel, const float *weight, const float *scale, const float *shift, char *memory);
+void pack_integer(const Compiled *kernel, const uint8_t *weight, uint8_t pad_value, char *memory);
+
+/* compiled.c: the best compiled kernel for a layer of any size on this processor, or the one for its size whose
+   constants are those of `like`, or NULL; calling it for one image. */
+const Compiled *find_compiled(int kind, const Layer *layer, const Epilogue *epilogue, const Compiled *like);
+OrtStatus *call_compiled(const OrtKernelContext *context, const Compiled *kernel, const void *x, const char *constants,
+                         const void *residual, void *y);
+
+/* generic.c: any layer, plain tensors, one image. */
+OrtStatus *adder_float(const OrtKernelContext *context, const Layer *layer, const float *x, const float *weight, float *y);
+OrtStatus *adder_integer(const OrtKernelContext *context, const Layer *layer, const uint8_t *x, const uint8_t *weight,
+                         uint8_t pad_value, int32_t *y);
+
+#endif

@@ -1,0 +1,86 @@
+/* The constants of compiled kernels, in the order in which these read them. */
+#include <string.h>
+
+#include "layer.h"
+
+enum { PARAMETERS = 5 };
+
+static size_t aligned(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
+
+/* Lanes of outputs of all groups. */
+static int64_t panel_lanes(const Compiled *kernel) {
+  const Panels *panels = &kernel->panels;
+  return kernel->layer.groups * panels->panels * panels->vectors * panels->lanes;
+}
+
+Packing packing(const Compiled *kernel) {
+  const Layer *layer = &kernel->layer;
+  const int64_t window = layer->kernel[0] * layer->kernel[1], lanes = blocks(layer->outputs) * LANES;
+  size_t weight, first, second;
+  if (kernel->kind == FLOAT_ADDER) {
+    const int64_t depth = kernel->depth;
+    weight = lanes * ceil_div(depth_of(layer), depth) * depth * window * sizeof(float);
+    first = (lanes + LANES) * sizeof(float);
+    second = lanes * sizeof(float);
+  } else {
+    weight = panel_lanes(kernel) * kernel->panels.cells * kernel->panels.cell * window;
+    first = panel_lanes(kernel) * sizeof(int32_t);
+    second = PARAMETERS * sizeof(int32_t);
+  }
+  Packing places = {0, aligned(weight), aligned(weight) + aligned(first), 0};
+  places.bytes = places.second + aligned(second);
+  return places;
+}
+
+void pack_float(const Compiled *kernel, const float *weight, const float *scale, const float *shift, char *memory) {
+  const Layer *layer = &kernel->layer;
+  const Packing places = packing(kernel);
+  const int64_t depth = depth_of(layer), window = layer->kernel[0] * layer->kernel[1];
+  const int64_t side = kernel->depth, cells = ceil_div(depth, side), outputs = blocks(layer->outputs);
+  float *packed = (float *)(memory + places.weight);
+  float *scales = (float *)(memory + places.first), *shifts = (float *)(memory + places.second);
+  memset(memory, 0, places.bytes);
+  for (int64_t o = 0; o < layer->outputs; ++o) {
+    double sum = 0;
+    for (int64_t c = 0; c < depth; ++c)
+      for (int64_t k = 0; k < window; ++k) {
+        const float value = weight[(o * depth + c) * window + k];
+        const int64_t cell = (o / LANES * cells + c / side) * window + k;
+        packed[(cell * side + c % side) * LANES + o % LANES] = value;
+        sum += value;
+      }
+    scales[o] = scale ? scale[o] : 1;
+    shifts[o] = (float)((shift ? shift[o] : 0) + (kernel->maxima ? (double)scales[o] * sum : 0));
+  }
+  for (int lane = 0; lane < LANES; ++lane) scales[outputs * LANES + lane] = 2; /* 2 max(x, w) - x - w = |x - w| */
+}
+
+void pack_integer(const Compiled *kernel, const uint8_t *weight, uint8_t pad_value, char *memory) {
+  const Layer *layer = &kernel->layer;
+  const Panels *panels = &kernel->panels;
+  const Packing places = packing(kernel);
+  const int64_t depth = depth_of(layer), window = layer->kernel[0] * layer->kernel[1];
+  const int64_t filters = layer->outputs / layer->groups, width = panels->vectors * panels->lanes;
+  const int64_t steps = panels->cell / panels->group, parts = panels->group / panels->together;
+  uint8_t *packed = (uint8_t *)(memory + places.weight);
+  int32_t *base = (int32_t *)(memory + places.first);
+  memset(memory, 0, places.bytes);
+  *(int32_t *)(memory + places.second) = pad_value;
+  for (int64_t panel = 0; panel < layer->groups * panels->panels; ++panel)
+    for (int64_t lane = 0; lane < width; ++lane) {
+      const int64_t filter = panel % panels->panels * width + panels->order[lane];
+      if (filter >= filters) continue;
+      const uint8_t *row = weight + (panel / panels->panels * filters + filter) * depth * window;
+      int32_t sum = 0;
+      for (int64_t c = 0; c < depth; ++c)
+        for (int64_t k = 0; k < window; ++k) {
+          const int64_t in_cell = c % panels->cell, in_step = in_cell % panels->group;
+          int64_t at = (panel * panels->cells + c / panels->cell) * window + k;
+          at = (at * steps + in_cell / panels->group) * panels->vectors + lane / panels->lanes;
+          at = (at * parts + in_step / panels->together) * panels->lanes + lane % panels->lanes;
+          packed[at * panels->together + in_step % panels->together] = row[c * window + k];
+          sum += row[c * window + k];
+        }
+      base[panel * width + lane] = panels->maxima ? sum : 0;
+    }
+}

@@ -1,0 +1,127 @@
+"""The native library in other programs: C++ without Python, under valgrind, in other versions of onnxruntime."""
+
+import os
+import re
+import shutil
+import subprocess
+import venv
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from test_onnx_fuse import SIZE, Block, settled
+
+from anncvt.runtime import onnx_native
+from anncvt.runtime.onnx import export_network, run, session
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")]
+
+ROOT = Path(__file__).parent.parent.parent
+BATCH = 3
+#: The oldest that the project supports, and the newest that there is.
+VERSIONS = ["onnxruntime==1.19.*", "onnxruntime"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two models, plain and fused, with a library for both, images and logits."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    torch.manual_seed(0)
+    network = settled(Block())
+    models = [export_network(network, SIZE, folder / f"{fuse}.onnx", fuse=fuse) for fuse in (False, True)]
+    # valgrind knows no AVX-512.
+    onnx_native.build(models, folder / onnx_native.LIBRARY, target="avx2" if "avx2" in cpu_flags() else "cpu")
+    images = np.random.default_rng(0).normal(size=(BATCH, *SIZE)).astype(np.float32)
+    images.tofile(folder / "images.bin")
+    np.save(folder / "images.npy", images)
+    np.save(folder / "logits.npy", run(session(models[0], library="none"), images))
+    return folder
+
+
+def cpu_flags() -> set[str]:
+    return set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+
+
+@pytest.fixture(scope="module")
+def program(folder):
+    compiler = shutil.which("c++") or pytest.skip("needs a C++ compiler")
+    source, program = ROOT / "tests" / "run_onnx.cpp", folder / "run_onnx"
+    command = [compiler, "-O1", "-g", f"-I{ROOT}/runtime/ort", "-o", program, source, "-ldl"]
+    subprocess.run(command, check=True)
+    return program
+
+
+def command(program, folder, model, threads):
+    (shared,) = Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so*")
+    numbers = [threads, BATCH, *SIZE]
+    files = [folder / "images.bin", folder / "out.bin"]
+    return list(map(str, [program, shared, folder / onnx_native.LIBRARY, folder / model, *numbers, *files]))
+
+
+def assert_logits(folder, actual):
+    expected = np.load(folder / "logits.npy")
+    actual = actual.reshape(expected.shape)
+    assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("model", ["False.onnx", "True.onnx"], ids=["plain", "fused"])
+def test_from_cpp(program, folder, model, threads):
+    done = subprocess.run(command(program, folder, model, threads), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_logits(folder, np.fromfile(folder / "out.bin", np.float32))
+
+
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="needs valgrind")
+@pytest.mark.parametrize("model", ["False.onnx", "True.onnx"], ids=["plain", "fused"])
+def test_under_valgrind(program, folder, model):
+    """No wrong access and no leak that the library has a part in (onnxruntime's own are not ours to judge)."""
+    options = ["--leak-check=full", "--show-leak-kinds=definite,indirect,possible", "--num-callers=40"]
+    done = subprocess.run(
+        ["valgrind", *options, *command(program, folder, model, 2)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert_logits(folder, np.fromfile(folder / "out.bin", np.float32))
+    assert "ERROR SUMMARY" in done.stderr
+    assert not re.findall(rf"(?:at|by) 0x\w+: .*{re.escape(onnx_native.LIBRARY)}.*", done.stderr)
+
+
+SCRIPT = """
+import sys
+import numpy as np
+import onnxruntime
+folder, library = sys.argv[1:]
+images, expected = (np.load(f"{folder}/{name}.npy") for name in ("images", "logits"))
+for model in ("False", "True"):
+    for registered in (False, True):
+        options = onnxruntime.SessionOptions()
+        if registered:
+            options.register_custom_ops_library(library)
+        session = onnxruntime.InferenceSession(f"{folder}/{model}.onnx", options, providers=["CPUExecutionProvider"])
+        (logits,) = session.run(None, {"image": images})
+        assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max(), (model, registered)
+print(onnxruntime.__version__)
+"""
+
+
+@pytest.mark.parametrize("requirement", VERSIONS)
+def test_other_versions(folder, tmp_path, requirement):
+    venv.create(tmp_path, with_pip=True)
+    python = tmp_path / "bin" / "python"
+    installed = subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", requirement, "numpy"], capture_output=True, text=True
+    )
+    if installed.returncode:
+        pytest.skip(f"{requirement} cannot be installed here: {installed.stderr.strip().splitlines()[-1]}")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [python, "-c", SCRIPT, folder, folder / onnx_native.LIBRARY],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(re.sub(r"^onnxruntime(==)?|\*$", "", requirement))

@@ -1,0 +1,303 @@
+"""The native library of onnxruntime against the float64 and the integer reference."""
+
+import math
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native import attributes, compiled_calls, native_session, node_model, to_blocks
+from parity import Case, cases
+
+from anncvt.errors import AnncvtError
+from anncvt.runtime import integer, onnx_native, reference
+from anncvt.runtime.geometry import expand_padding
+from anncvt.runtime.integer import Window
+from anncvt.runtime.kernels import ort_library
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+
+TOLERANCE = 1e-4
+#: Layers that the library has kernels for: dense, plain input, partial blocks, both kinds of groups, depthwise, uneven.
+LAYERS = [
+    Case(channels=32, outputs=48, size=(9, 8)),
+    Case(channels=3, outputs=20, size=(11, 10), stride=(2, 2), padding=(2, 1)),
+    Case(channels=20, outputs=7, kernel=(1, 1), padding=(0, 0), stride=(2, 1)),
+    Case(channels=64, outputs=64, size=(7, 7), kernel=(1, 1), padding=(0, 0)),
+    Case(channels=16, outputs=32, groups=2),
+    Case(channels=5, outputs=3, groups=4, padding=(0, 2, 1, 0), dilation=(2, 1)),
+    Case(channels=1, outputs=1, groups=20),
+    Case(channels=17, outputs=33, kernel=(2, 3), padding=(1, 0, 0, 2), dilation=(1, 2)),
+]
+#: What the fused kernels of the library are for: bounds and residual.
+FUSED = [((0.0, math.inf), True), ((0.5, 1.0), False)]
+FUSED_CASE = LAYERS[7]
+
+
+def window_of(case: Case) -> Window:
+    padding = expand_padding(case.padding)
+    return Window(case.stride, (padding.top, padding.left, padding.bottom, padding.right), case.dilation, case.groups)
+
+
+def floats(
+    case: Case, *, constant: bool = True, shape=None
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray], np.ndarray]:
+    """A model of the layer, its inputs, and the result."""
+    x, weight, _ = case.tensors()
+    x = x.contiguous()
+    expected = reference.forward(x, weight, *case.arguments()).numpy()
+    inputs, constants = {"x": x.numpy()}, {"w": weight.numpy()}
+    if not constant:
+        inputs |= constants
+        constants = {}
+    return node_model("Adder2d", inputs, constants, attributes(window_of(case)), shape=shape), inputs, expected
+
+
+def integers(case: Case, pad_value: int = 3) -> tuple[onnx.ModelProto, dict[str, np.ndarray], np.ndarray]:
+    random = np.random.default_rng(0)
+    x, weight = (random.integers(0, 256, tensor.shape).astype(np.uint8) for tensor in case.tensors()[:2])
+    window = window_of(case)
+    expected = integer.adder(x, weight, window, pad_value)
+    model = node_model("AdderInteger2d", {"x": x}, {"w": weight}, attributes(window, pad_value=pad_value), "int32")
+    return model, {"x": x}, expected
+
+
+def fused(bounds: tuple[float, float], residual: bool) -> tuple[onnx.ModelProto, dict[str, np.ndarray], np.ndarray]:
+    """The same of :data:`FUSED_CASE` with scale and shift, blocked."""
+    x, weight, other = FUSED_CASE.tensors()
+    sums = reference.forward(x, weight, *FUSED_CASE.arguments()).numpy()
+    scale = np.random.default_rng(0).normal(size=FUSED_CASE.outputs).astype(np.float32)
+    shift = (-scale * sums.mean((0, 2, 3))).astype(np.float32)
+    total = sums * scale[:, None, None] + shift[:, None, None]
+    expected = to_blocks(np.clip(total + other.numpy() * residual, *bounds))
+    inputs = {"x": to_blocks(x.numpy()), **({"residual": to_blocks(other.numpy())} if residual else {})}
+    constants = {"w": weight.numpy(), "scale": scale, "shift": shift}
+    settings = attributes(window_of(FUSED_CASE), low=bounds[0], high=bounds[1])
+    model = node_model("FusedAdder2d" + "Residual" * residual, inputs, constants, settings)
+    model.graph.node[0].input[:] = ["x", *constants, *list(inputs)[1:]]
+    return model, inputs, expected
+
+
+def placed(array: np.ndarray, offset: int) -> np.ndarray:
+    """A copy that begins ``offset`` bytes behind a multiple of 64."""
+    memory = np.zeros(array.nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def assert_near(actual: np.ndarray, expected: np.ndarray) -> None:
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max(initial=0) <= TOLERANCE * np.abs(expected).max(initial=1e-30)
+
+
+def write(folder, models):
+    paths = []
+    for index, model in enumerate(models):
+        paths.append(folder / f"{index}.onnx")
+        onnx.save(model, paths[-1])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Files whose layers are those of :data:`LAYERS`, floats and integers."""
+    found = [make(case)[0] for case in LAYERS for make in (floats, integers)]
+    found += [fused(*settings)[0] for settings in FUSED]
+    return write(tmp_path_factory.mktemp("models"), found)
+
+
+def usable(name: str) -> bool:
+    """Whether this processor has the instruction set."""
+    best = max(level.number for level in ort_library.levels("cpu"))
+    return all(level.number <= best for level in ort_library.levels(name))
+
+
+@pytest.fixture(
+    scope="module",
+    params=["cpu", *(pytest.param(level.name, marks=pytest.mark.slow) for level in ort_library.levels(None))],
+)
+def library(request, models, tmp_path_factory):
+    """A library for this machine; the slow tests go through the instruction sets one by one."""
+    if not usable(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    return onnx_native.build(models, tmp_path_factory.mktemp("library") / f"{request.param}.so", target=request.param)
+
+
+@pytest.fixture(scope="module")
+def loops(tmp_path_factory):
+    """A library without compiled kernels."""
+    return onnx_native.build([], tmp_path_factory.mktemp("loops") / "loops.so", target="cpu")
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_compiled_floats(library, case):
+    model, inputs, expected = floats(case)
+    before = compiled_calls(library)
+    # Instruction sets that are for integers only have no kernels for floats.
+    floating = any(level.floats for level in ort_library.levels(library.stem))
+    (y,) = native_session(model, library).run(None, inputs)
+    assert_near(y, expected)
+    assert compiled_calls(library) - before == (case.batch if floating else 0)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_compiled_integers(library, case):
+    model, inputs, expected = integers(case)
+    before = compiled_calls(library)
+    (y,) = native_session(model, library).run(None, inputs)
+    np.testing.assert_array_equal(y, expected)
+    depthwise = case.channels == case.outputs == 1
+    assert compiled_calls(library) - before == (0 if depthwise else case.batch)
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases())
+def test_any_float_layer(loops, case):
+    model, inputs, expected = floats(case)
+    (y,) = native_session(model, loops).run(None, inputs)
+    assert_near(y, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), pad_value=st.integers(0, 255))
+def test_any_integer_layer(loops, case, pad_value):
+    model, inputs, expected = integers(case, pad_value)
+    (y,) = native_session(model, loops).run(None, inputs)
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_weights_that_change(library):
+    """They are packed in every call."""
+    model, inputs, expected = floats(LAYERS[0], constant=False)
+    model.graph.input[1].type.tensor_type.shape.dim[0].dim_value = LAYERS[0].outputs
+    session = native_session(model, library)
+    (first,) = session.run(None, inputs)
+    assert_near(first, expected)
+    (second,) = session.run(None, {**inputs, "w": inputs["w"] + 1})
+    x, weight = (torch.from_numpy(inputs[name]) for name in ("x", "w"))
+    assert_near(second, reference.forward(x, weight + 1, *LAYERS[0].arguments()).numpy())
+
+
+def test_images_of_another_size_and_no_images(library):
+    model, inputs, _ = floats(LAYERS[0])
+    for dim in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        dim.dim_param = "open"
+    session = native_session(model, library)
+    x = Case(channels=32, size=(4, 13)).tensors()[0]
+    weight = torch.from_numpy(onnx.numpy_helper.to_array(model.graph.initializer[0]).copy())
+    (y,) = session.run(None, {"x": x.numpy()})
+    assert_near(y, reference.forward(x, weight, *LAYERS[0].arguments()).numpy())
+    assert session.run(None, {"x": inputs["x"][:0]})[0].shape == (0, 48, 9, 8)
+
+
+def test_threads_and_sessions_give_the_same(library):
+    found = [floats(case) for case in LAYERS[:4]]
+    serial = [native_session(model, library).run(None, inputs)[0] for model, inputs, _ in found]
+    sessions = [native_session(model, library, threads=2) for model, _, _ in found]
+
+    def call(index):
+        return sessions[index % 4].run(None, found[index % 4][1])[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        for index, y in enumerate(pool.map(call, range(64))):
+            np.testing.assert_array_equal(y, serial[index % 4])
+
+
+def test_shapes_are_inferred(loops):
+    for case in LAYERS:
+        model, _, expected = floats(case)
+        (output,) = native_session(model, loops).get_outputs()
+        assert output.shape == ["batch", *expected.shape[1:]]
+    x = np.zeros((2, 20, 3, 5), np.float32)
+    (output,) = native_session(node_model("Block", {"x": x}, {}, {}), loops).get_outputs()
+    assert output.shape == ["batch", 2, 3, 5, 16]
+    model = node_model("Unblock", {"x": to_blocks(x)}, {}, {"channels": 20})
+    (output,) = native_session(model, loops).get_outputs()
+    assert output.shape == ["batch", 20, 3, 5]
+
+
+def test_layouts(loops):
+    x = np.random.default_rng(0).normal(size=(3, 37, 6, 7)).astype(np.float32)
+    (y,) = native_session(node_model("Block", {"x": x}, {}, {}), loops, threads=2).run(None, {"x": x})
+    np.testing.assert_array_equal(y, to_blocks(x))
+    model = node_model("Unblock", {"x": y}, {}, {"channels": 37})
+    np.testing.assert_array_equal(native_session(model, loops).run(None, {"x": y})[0], x)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("bounds", [(-math.inf, math.inf), (0.0, math.inf), (0.0, 6.0), (0.5, 1.0)])
+def test_any_fused_layer(loops, bounds, residual):
+    model, inputs, expected = fused(bounds, residual)
+    assert_near(native_session(model, loops).run(None, inputs)[0], expected)
+
+
+@pytest.mark.parametrize(("bounds", "residual"), FUSED)
+@pytest.mark.parametrize("offset", [0, 16])
+def test_compiled_fused_layers(library, bounds, residual, offset):
+    """A caller's buffer may be less aligned than compiled kernels need: then loops do it."""
+    model, inputs, expected = fused(bounds, residual)
+    before = compiled_calls(library)
+    (y,) = native_session(model, library).run(None, {name: placed(array, offset) for name, array in inputs.items()})
+    assert_near(y, expected)
+    floating = any(level.floats for level in ort_library.levels(library.stem))
+    assert compiled_calls(library) - before == (FUSED_CASE.batch if floating and offset == 0 else 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"strides": [0, 1]}, "must be positive"),
+        ({"pads": [0, 0, -1, 0]}, "must not be negative"),
+        ({"pads": [0, 0]}, "pads 4"),
+        ({"group": 3}, "multiple of group"),
+        ({"dilations": [9, 9]}, "smaller than the window"),
+        ({"strides": None}, "strides and dilations must have 2"),
+    ],
+    ids=str,
+)
+def test_refuses_what_makes_no_sense(loops, changes, said):
+    model, inputs, _ = floats(LAYERS[1])
+    given_attributes = {**attributes(window_of(LAYERS[1])), **changes}
+    kept = {name: value for name, value in given_attributes.items() if value is not None}
+    model.graph.node[0].CopyFrom(onnx.helper.make_node("Adder2d", ["x", "w"], ["y"], domain="ai.anncvt", **kept))
+    with pytest.raises(Exception, match=said):
+        native_session(model, loops).run(None, inputs)
+
+
+def test_refuses_other_channels(loops):
+    model, inputs, _ = floats(LAYERS[1])
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "channels"
+    with pytest.raises(Exception, match="channels that the weights expect"):
+        native_session(model, loops).run(None, {"x": inputs["x"][:, :2]})
+
+
+def test_layers_of_open_size_get_no_kernel(models):
+    model = onnx.load(models[0])
+    assert len(list(onnx_native.layers_of(model))) == 1
+    model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "width"
+    assert not list(onnx_native.layers_of(model))
+
+
+def test_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(AnncvtError, match="no C compiler") as caught:
+        onnx_native.build([], tmp_path / "library.so", target="cpu")
+    assert "definitions inside it" in caught.value.fix
+    monkeypatch.setenv("CC", "false")
+    with pytest.raises(AnncvtError, match="the C compiler failed"):
+        onnx_native.build([], tmp_path / "library.so", target="cpu")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_targets_and_models(tmp_path):
+    with pytest.raises(AnncvtError, match="unknown target 'sse9'"):
+        onnx_native.build([], tmp_path / "library.so", target="sse9")
+    (tmp_path / "model.onnx").write_text("<html>")
+    with pytest.raises(AnncvtError, match="not an ONNX model"):
+        onnx_native.build([tmp_path / "model.onnx"], tmp_path / "library.so")

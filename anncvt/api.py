@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anncvt import pipeline
+from anncvt import launch, pipeline
 from anncvt.errors import AnncvtError
 from anncvt.measure import DataChoice, accuracy, chosen, gate, remember, require_parity
 from anncvt.program import Program
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 ONNX, LIBRARY, HARDWARE, REPORT = "model.onnx", "model.so", "hardware", "report.html"
-INTEGER_LIBRARY = "model.int8.so"
+INTEGER_ONNX, INTEGER_LIBRARY = "model.int8.onnx", "model.int8.so"
 #: Images that ``check`` compares the backends on.
 CHECK_IMAGES = 1000
 #: And the executions of its integers, of which some are slow.
@@ -146,6 +146,7 @@ def convert(
     resume: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
+    **training: Any,
 ) -> Program:
     """The whole way from a CNN to an adder network: load, plan, rewrite, calibrate and, if asked for, distil.
 
@@ -168,6 +169,7 @@ def convert(
         seed: of sampling, order and augmentation (of the distillation only where there is no ``config``).
         resume: go on where the conversion in ``output`` stopped.
         force: replace the program in ``output``.
+        training: further fields of :class:`~anncvt.pkkd.DistillConfig`, which win over ``config``.
 
     Raises:
         AnncvtError: no data, or any stage failed; what was finished before is in ``output``.
@@ -188,7 +190,7 @@ def convert(
         Path(output),
         calibration=data(calibrate or distill or ""),
         training=None if distill is None else data(distill),
-        config=_distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr),
+        config=_distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr, **training),
         choice=Choice.of(keep=keep, swap=swap, policy=policy, plan_file=plan_file, linear=linear),
         budget=budget,
         memory=memory,
@@ -218,12 +220,15 @@ def distill(
     seed: int = 0,
     resume: bool = False,
     progress: Progress = SILENT,
+    **training: Any,
 ) -> Program:
     """Distil (further) what was converted, and save it to its folder.
 
+    Under torchrun every process calls it, and the first of them measures, prints and writes.
+
     Args:
         data: DATA with labels; default: that of the conversion.
-        epochs, batch_size, lr, config, seed: see :func:`convert`.
+        epochs, batch_size, lr, config, seed, training: see :func:`convert`.
         resume: go on from the last training checkpoint in the folder.
 
     Raises:
@@ -235,8 +240,10 @@ def distill(
             "there is no adder network to distil", where=program.folder, fix="`anncvt convert MODEL -o DIR` first"
         )
     choice = chosen(program, _choice(data))
-    settings = _distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr)
-    yardstick = pipeline.Yardstick.find(program, choice, required=True, progress=progress)
+    settings = _distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr, **training)
+    yardstick = pipeline.Yardstick(None, None)
+    if launch.rank() == 0:
+        yardstick = pipeline.Yardstick.find(program, choice, required=True, progress=progress)
     remember(program, distill=choice)
     return pipeline.distil(program, Path(program.folder), choice, yardstick, settings, resume=resume, progress=progress)
 
@@ -315,22 +322,33 @@ def export(
     program: Program | str | Path,
     path: str | Path | None = None,
     *,
-    opset: int = 18,
+    integers: bool = False,
+    opset: int | None = None,
+    body: str = "scan",
     fuse: bool = False,
     progress: Progress = SILENT,
 ) -> Path:
     """Write the adder network as ONNX, to ``model.onnx`` in its folder unless ``path`` says else.
 
     Args:
-        opset, fuse: see :func:`anncvt.runtime.onnx.export`.
+        integers: its integer network instead (of 8 bits or fewer), to ``model.int8.onnx``.
+        opset: None: 18, for integers 19.
+        body: the op in standard operators: "scan", whose memory stays small, or "one", without control flow.
+        fuse: adders with what follows them as one node; not for integers.
 
     Raises:
-        AnncvtError: nothing converted yet, not exportable, or ``path`` cannot be written.
+        AnncvtError: nothing converted yet, or not quantized yet, not exportable, or ``path`` cannot be written.
     """
     from anncvt.runtime import onnx
 
     program = _opened(program, progress)
-    return onnx.export(program, _beside(program, path, ONNX), opset=opset, fuse=fuse, progress=progress)
+    target = _beside(program, path, INTEGER_ONNX if integers else ONNX)
+    options = {} if opset is None else {"opset": opset}
+    if integers:
+        if fuse:
+            raise AnncvtError("integers are not fused", fix="leave out --fuse, or --int8")
+        return onnx.export_integers(program, target, body=body, **options, progress=progress)
+    return onnx.export(program, target, body=body, fuse=fuse, **options, progress=progress)
 
 
 def export_hardware(
@@ -461,6 +479,7 @@ def check_integers(
     program: Program | str | Path,
     data: DataChoice | str | None = None,
     *,
+    onnx_path: str | Path | None = None,
     so_path: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
@@ -469,13 +488,14 @@ def check_integers(
     Args:
         data: the images to compare on, at most 2 unless it has a limit; default: the test images of the conversion,
             else noise.
-        so_path: the compiled network; default: ``model.int8.so`` in the program's folder, if it is there.
+        onnx_path: the exported network; default: ``model.int8.onnx`` in the program's folder, if it is there.
+        so_path: the compiled network; default: ``model.int8.so`` there, if it is.
 
     Returns:
         See :func:`anncvt.runtime.check_integers.check`, and "data".
 
     Raises:
-        AnncvtError: not quantized yet, or the data cannot be read.
+        AnncvtError: not quantized yet, the data cannot be read, or the file holds another network.
     """
     from anncvt.runtime import integer_network
     from anncvt.runtime.check import exported_file
@@ -485,8 +505,11 @@ def check_integers(
     network = integer_network.load(program.folder or "")
     choice = chosen(program, _choice(data), "synthetic")
     images = choice.open("test", program.preprocess, at_most=INTEGER_IMAGES, labelled=False, progress=progress)
-    library = so_path or exported_file(program, INTEGER_LIBRARY)
-    return {**compare(network, images.pixels.numpy(), library, progress=progress), "data": images.name}
+    files = {
+        "onnx_path": onnx_path or exported_file(program, INTEGER_ONNX),
+        "so_path": so_path or exported_file(program, INTEGER_LIBRARY),
+    }
+    return {**compare(network, images.pixels.numpy(), **files, progress=progress), "data": images.name}
 
 
 def run(
@@ -502,7 +525,7 @@ def run(
 
     Args:
         backend: "torch", "onnxruntime" (what ``export`` wrote) or "tvm" (what ``compile`` wrote).
-        integers: run the integer network, on "torch" or "tvm".
+        integers: run the integer network; ``export`` and ``compile`` with ``integers`` write it for the other two.
 
     Raises:
         AnncvtError: a picture cannot be read, or the backend has nothing to run.
@@ -512,7 +535,8 @@ def run(
 
     program = _opened(program, progress)
     pictures = [inputs] if isinstance(inputs, str | Path) else list(inputs)
-    name = {"onnxruntime": ONNX, "tvm": INTEGER_LIBRARY if integers else LIBRARY}.get(backend)
+    files = {"onnxruntime": (ONNX, INTEGER_ONNX), "tvm": (LIBRARY, INTEGER_LIBRARY)}
+    name = files[backend][integers] if backend in files else None
     path = None if name is None else exported_file(program, name)
     return predict(program, pictures, backend=backend, path=path, integers=integers, top=top, progress=progress)
 

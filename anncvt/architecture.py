@@ -66,8 +66,7 @@ def instantiate(
         return _called(arch, lambda: zoo.build("timm", arch, arguments, pretrained=pretrained)), None
     if prefix in zoo.ZOOS:
         return _called(arch, lambda: zoo.build(prefix, name, arguments, pretrained=pretrained)), None
-    with contextlib.ExitStack() as stack:
-        factory, folder = _factory(prefix, name, folders, stack)
+    with callable_of(prefix, name, folders) as (factory, folder):
         network = _called(arch, lambda: factory(**arguments))
     return network, folder or _outside_site(prefix)
 
@@ -89,8 +88,18 @@ def _called(arch: str, make: Any) -> nn.Module:
     return network
 
 
+@contextlib.contextmanager
+def callable_of(module: str, name: str, folders: Sequence[Path]) -> Iterator[tuple[Any, str | None]]:
+    """The callable ``name`` of ``module``, and the folder it was found in, which is importable inside the block.
+
+    Raises:
+        AnncvtError: there is none, or it cannot be imported.
+    """
+    with contextlib.ExitStack() as stack:
+        yield _factory(module, name, folders, stack)
+
+
 def _factory(module: str, name: str, folders: Sequence[Path], stack: contextlib.ExitStack) -> tuple[Any, str | None]:
-    """The callable, and the folder it was found in; ``stack`` keeps that folder importable until it was called."""
     top = module.partition(".")[0]
     fix = "give module:factory of an installed package or of a .py file in this folder or beside the checkpoint"
     if not all(part.isidentifier() for part in [*module.split("."), *name.split(".")]):

@@ -57,6 +57,7 @@ def plan(model: str, **rest: Any) -> None:
 @click.option("--budget", type=options.Duration(), metavar="TIME", help="Time for the calibration: 90s, 5m, 1h.")
 @click.option("--memory", type=options.Bytes(), help="For the calibration's activations: 500M, 8G.  [default: 4G]")
 @options.training
+@options.hidden_training
 @options.max_drop
 @click.option("--resume", is_flag=True, help="Go on where the conversion in the output folder stopped.")
 @click.option("--force", is_flag=True, help="Replace the program in the output folder.")
@@ -68,6 +69,7 @@ def convert(model: str, output: Path | None, dry_run: bool, max_drop: float | No
     The whole way: plan, rewrite, calibrate and, with --distill, train.
 
     The output folder is written after every stage. After an interruption the same command with --resume goes on.
+    The other options of `anncvt distill` are taken, too.
     """
     from anncvt import api, report
 
@@ -98,6 +100,7 @@ def convert(model: str, output: Path | None, dry_run: bool, max_drop: float | No
 @click.option("--data", metavar="DATA", help="Labelled images.  [default: those of the conversion]")
 @options.reading
 @options.training
+@options.more_training
 @options.max_drop
 @click.option("--resume", is_flag=True, help="Go on from the last training checkpoint.")
 @options.hardware
@@ -176,8 +179,21 @@ def quantize(folder: str, bits: str, **rest: Any) -> None:
 
 @cli.command(epilog="Example: anncvt export net.ann")
 @click.argument("folder", type=click.Path())
-@click.option("-o", "--output", type=click.Path(), help="Where to.  [default: FOLDER/model.onnx or FOLDER/hardware]")
-@click.option("--opset", type=int, default=18, show_default=True, help="ONNX operator set.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(),
+    help="Where to.  [default: FOLDER/model.onnx, model.int8.onnx or hardware]",
+)
+@click.option("--int8", is_flag=True, help="onnx: the integers that quantize made.")
+@click.option("--opset", type=int, help="onnx: operator set.  [default: 18, with --int8 19]")
+@click.option(
+    "--body",
+    type=click.Choice(["scan", "one"]),
+    default="scan",
+    show_default=True,
+    help="onnx: the adders' definition for runtimes without a kernel: of little memory, or without control flow.",
+)
 @click.option(
     "--fuse", is_flag=True, help="onnx: adders with BatchNorm, sums and ReLU as one node, for the fast library."
 )
@@ -186,7 +202,17 @@ def quantize(folder: str, bits: str, **rest: Any) -> None:
 @click.option("--data", metavar="DATA", help="hardware: these images.  [default: test images of the conversion]")
 @options.reading
 @options.common
-def export(folder: str, output: str | None, opset: int, fuse: bool, form: str, golden: int, **rest: Any) -> None:
+def export(
+    folder: str,
+    output: str | None,
+    int8: bool,
+    opset: int | None,
+    body: str,
+    fuse: bool,
+    form: str,
+    golden: int,
+    **rest: Any,
+) -> None:
     """Write an adder network as ONNX, or its integers for hardware.
 
     onnx runs in any onnxruntime. hardware is a folder of integer weights and golden vectors, of what quantize made.
@@ -195,7 +221,7 @@ def export(folder: str, output: str | None, opset: int, fuse: bool, form: str, g
 
     with working() as progress:
         if form == "onnx":
-            path = api.export(folder, output, opset=opset, fuse=fuse, progress=progress)
+            path = api.export(folder, output, integers=int8, opset=opset, body=body, fuse=fuse, progress=progress)
             answer(_file(path), f"wrote {path}")
         else:
             path = api.export_hardware(folder, output, _data(rest), golden=golden, progress=progress)
@@ -251,8 +277,8 @@ def compile_(
 @click.argument("folder", type=click.Path())
 @click.option("--data", metavar="DATA", help="Images to compare on.  [default: test images of the conversion]")
 @options.reading
-@click.option("--onnx", "onnx_path", type=click.Path(), help="[default: FOLDER/model.onnx]")
-@click.option("--so", "so_path", type=click.Path(), help="[default: FOLDER/model.so, --int8: FOLDER/model.int8.so]")
+@click.option("--onnx", "onnx_path", type=click.Path(), help="[default: FOLDER/model.onnx, --int8: model.int8.onnx]")
+@click.option("--so", "so_path", type=click.Path(), help="[default: FOLDER/model.so, --int8: model.int8.so]")
 @click.option("--int8", is_flag=True, help="Compare the executions of the integer network, bit for bit.")
 @click.option("--layers", is_flag=True, help="--int8: list every layer.")
 @options.threads
@@ -268,7 +294,7 @@ def check(folder: str, onnx_path: str | None, so_path: str | None, int8: bool, l
         from anncvt.runtime.check_integers import require_equal
 
         with working() as progress:
-            result = api.check_integers(folder, _data(rest), so_path=so_path, progress=progress)
+            result = api.check_integers(folder, _data(rest), onnx_path=onnx_path, so_path=so_path, progress=progress)
         answer(result, report.equality(result, layers=layers))
         require_equal(result)
         return
@@ -286,7 +312,7 @@ def check(folder: str, onnx_path: str | None, so_path: str | None, int8: bool, l
 @click.option(
     "--backend", type=click.Choice(["torch", "onnxruntime", "tvm"]), default="torch", show_default=True, help="Runs it."
 )
-@click.option("--int8", is_flag=True, help="Run the integer network, on torch or TVM.")
+@click.option("--int8", is_flag=True, help="Run the integer network.")
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="So many classes.")
 @options.threads
 @options.common

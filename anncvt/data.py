@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -20,8 +21,19 @@ from anncvt.parquet import parquet
 from anncvt.program import Preprocess
 from anncvt.progress import SILENT, Progress
 from anncvt.sources import Listing
+from anncvt.stream import Stream
 
-__all__ = ["KINDS", "Images", "augment", "native_size", "open_images", "parse_spec", "read_image"]
+__all__ = [
+    "KINDS",
+    "Images",
+    "Stream",
+    "augment",
+    "native_size",
+    "open_images",
+    "open_training_images",
+    "parse_spec",
+    "read_image",
+]
 
 Split = Literal["train", "test"]
 
@@ -89,22 +101,63 @@ def open_images(
         AnncvtError: DATA is unknown, missing, empty, lacks the split or the labels, holds a picture that cannot be
             decoded, or does not fit in memory.
     """
+    listing, order = select(spec, split, preprocess, data_dir, limit, seed, labelled)
+    _guard_memory(len(order), preprocess.input_size, spec)
+    return _held(listing, order, f"{spec} {split}", preprocess, workers, progress)
+
+
+def open_training_images(
+    spec: str,
+    preprocess: Preprocess,
+    *,
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    progress: Progress = SILENT,
+) -> Images | Stream:
+    """The labelled training split of DATA: in memory where it fits, else decoded while it is used.
+
+    Raises:
+        AnncvtError: as :func:`open_images`, but a data set may be of any size.
+    """
+    listing, order = select(spec, "train", preprocess, data_dir, limit, seed, True)
+    if _too_large(len(order), preprocess.input_size) is None:
+        return _held(listing, order, f"{spec} train", preprocess, workers, progress)
+    progress.note(f"{len(order)} images do not fit in memory: they are decoded while they are trained on")
+    return Stream(listing, order, preprocess.input_size, f"{spec} train", workers)
+
+
+def select(
+    spec: str,
+    split: Split,
+    preprocess: Preprocess,
+    data_dir: str | Path | None,
+    limit: int | None,
+    seed: int,
+    labelled: bool,
+) -> tuple[Listing, np.ndarray]:
+    """The pictures of a split, and the rows of those that are wanted; see :func:`open_images`."""
     if limit is not None and limit < 1:
         raise AnncvtError(f"a limit of {limit} images", fix="give --limit a positive number")
     if parse_spec(spec)[0] == "synthetic":
         listing = datasets.synthetic(split, preprocess.input_size, limit, seed)
     else:
         listing = _list(spec, split, data_dir, labelled)
+    if not labelled:
+        listing = replace(listing, labels=None, classes=None)
     if limit is None:
-        order = np.arange(listing.count)
-    else:
-        order = torch.randperm(listing.count, generator=torch.Generator().manual_seed(seed))[:limit].numpy()
-    _guard_memory(len(order), preprocess.input_size, spec)
+        return listing, np.arange(listing.count)
+    return listing, torch.randperm(listing.count, generator=torch.Generator().manual_seed(seed))[:limit].numpy()
+
+
+def _held(
+    listing: Listing, order: np.ndarray, name: str, preprocess: Preprocess, workers: int, progress: Progress
+) -> Images:
     pixels = _decode_all(listing, order, preprocess.input_size, workers, progress)
-    labels = classes = None
-    if labelled and listing.labels is not None:
-        labels, classes = torch.from_numpy(listing.labels[order].astype(np.int64)), listing.classes
-    return Images(torch.from_numpy(pixels), labels, classes, f"{spec} {split}", listing.flip)
+    labels = None if listing.labels is None else torch.from_numpy(listing.labels[order].astype(np.int64))
+    classes = None if labels is None else listing.classes
+    return Images(torch.from_numpy(pixels), labels, classes, name, listing.flip)
 
 
 def native_size(spec: str, data_dir: str | Path | None = None) -> tuple[int, int, int] | None:
@@ -181,15 +234,20 @@ def _decode_all(
 
 def _guard_memory(count: int, size: tuple[int, ...], spec: str) -> None:
     """Refuse what would take more than half of the free memory, before reading anything."""
-    available = available_memory()
-    each = int(np.prod(size))
-    if available is not None and count * each > available // 2:
+    available, each = _too_large(count, size), int(np.prod(size))
+    if available is not None:
         raise AnncvtError(
             f"{count} images of {'x'.join(map(str, size))} take {count * each / 2**30:.1f} GiB, "
             f"{available / 2**30:.1f} GiB are free and half of that may be used",
             where=spec,
             fix=f"read fewer with --limit {max(1, available // 2 // each)}",
         )
+
+
+def _too_large(count: int, size: tuple[int, ...]) -> int | None:
+    """The free memory if the images would take more than half of it, else None."""
+    available = available_memory()
+    return available if available is not None and count * int(np.prod(size)) > available // 2 else None
 
 
 def available_memory() -> int | None:

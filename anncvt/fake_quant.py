@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from anncvt.nn import AdderConv2d
+from anncvt.nn import AdderConv2d, AdderLinear
 from anncvt.runtime.integer import Grid
 from anncvt.runtime.integer_network import IntegerNetwork
 
 
 @dataclass(frozen=True)
 class FakeQuant:
-    """What an :class:`anncvt.nn.AdderConv2d` does instead of its plain sum, as its ``fake``.
+    """What an :class:`anncvt.nn.AdderConv2d` or ``AdderLinear`` does instead of its plain sum, as its ``fake``.
 
     Attributes:
         grids: of the filter groups.
@@ -67,7 +67,7 @@ def fake_quantised(student: nn.Module, network: IntegerNetwork) -> Iterator[None
     changed = []
     for step in network.steps:
         module = modules.get(step.name)
-        if step.op == "adder" and isinstance(module, AdderConv2d):
+        if step.op == "adder" and isinstance(module, (AdderConv2d, AdderLinear)):
             assert step.filter_group is not None
             grids = tuple(network.grid(name) for name in step.inputs)
             module.fake = FakeQuant(grids, torch.from_numpy(step.filter_group).long())

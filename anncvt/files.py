@@ -6,10 +6,14 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from anncvt.errors import AnncvtError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -77,6 +81,52 @@ def write_text(target: Path, text: str) -> None:
     """Atomically replace ``target`` by ``text`` (UTF-8)."""
     with atomic_path(target) as path:
         path.write_text(text, encoding="utf-8")
+
+
+def write_state(target: Path, state: Mapping[str, Any]) -> None:
+    """Atomically replace ``target`` by what ``torch.save`` makes of ``state``; errors as :func:`atomic_path`."""
+    import torch
+
+    with atomic_path(target) as path, open(path, "wb") as file:
+        watched = _Watched(file)
+        try:
+            torch.save(dict(state), cast(BinaryIO, watched))
+        except RuntimeError as error:  # torch's own, which does not tell that the disk is full
+            raise watched.error or error from error
+
+
+def write_tensors(target: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
+    """Atomically replace ``target`` by a safetensors file with ``about`` in its header; errors as :func:`atomic_path`.
+
+    Tied tensors share memory, which the format does not allow: each name gets a copy.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    table = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    with atomic_path(target) as path:
+        try:
+            save_file(table, path, metadata=None if about is None else dict(about))
+        except SafetensorError as error:  # its own name for what the file system said
+            raise OSError(str(error)) from error
+
+
+class _Watched:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def umask() -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anncvt.errors import AnncvtError
-from anncvt.files import atomic_path, umask, write_text
+from anncvt.files import umask, write_tensors, write_text
 from anncvt.loading import build
 from anncvt.program import FORMAT, Plan, Preprocess, Program, Record, Source
 from anncvt.state_dict import load_strict
@@ -127,21 +127,12 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
 
 
 def _write(program: Program, recipe: str, folder: Path) -> None:
-    _store(program.teacher, folder / TEACHER)
+    write_tensors(folder / TEACHER, program.teacher.state_dict())
     if program.student is not None:
-        _store(program.student, folder / STUDENT)
+        write_tensors(folder / STUDENT, program.student.state_dict())
     write_text(folder / RECIPE, recipe)
     if program.student is None:
         (folder / STUDENT).unlink(missing_ok=True)
-
-
-def _store(network: nn.Module, file: Path) -> None:
-    from safetensors.torch import save_file
-
-    # Tied tensors share memory, which the format does not allow: each name gets a copy, loading ties them again.
-    table = {name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}
-    with atomic_path(file) as temporary:
-        save_file(table, temporary)
 
 
 def _load(network: nn.Module, file: Path) -> None:

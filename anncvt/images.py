@@ -51,6 +51,17 @@ class Images:
     def __len__(self) -> int:
         return len(self.pixels)
 
+    def at(self, indices: Tensor) -> Tensor:
+        """The pixels at ``indices``, ``[B, C, H, W]`` uint8."""
+        return self.pixels[indices]
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """A permutation of the images, to train on them."""
+        return torch.randperm(len(self), generator=generator)
+
+    def expect(self, indices: Tensor) -> None:
+        """Nothing: what :meth:`at` will be asked for is here already (:class:`anncvt.stream.Stream` decodes it)."""
+
     def subset(self, indices: Tensor | Sequence[int]) -> Images:
         """The pictures at ``indices`` (copied), in that order."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
@@ -146,16 +157,28 @@ def picture_size(picture: Picture) -> tuple[int, int, int] | None:
         return None
 
 
-def augment(batch: Tensor, generator: torch.Generator, pad: int = 4, flip: bool = True) -> Tensor:
+def augment(
+    batch: Tensor,
+    generator: torch.Generator,
+    pad: int = 4,
+    flip: bool = True,
+    *,
+    places: Tensor | None = None,
+    of: int | None = None,
+) -> Tensor:
     """Random shifts by up to ``pad`` pixels (zeros come in at the border) and, with ``flip``, random mirroring.
 
     ``[B, C, H, W]`` in CPU memory, of any dtype -> a new tensor of the same shape, each picture shifted and mirrored on
     its own. Deterministic from ``generator``. Meant for pixels as they are, before :func:`normalise`: there zero is
     black, and a byte a pixel is the least to move.
+
+    Args:
+        places, of: the pictures are those at ``places`` of a batch of ``of``, and change as they would in it.
     """
     count, channels, height, width = batch.shape
-    dy, dx = torch.randint(0, 2 * pad + 1, (2, count), generator=generator).tolist()
-    mirrored = (torch.rand(count, generator=generator) < 0.5).tolist()
+    places, of = (torch.arange(count), count) if places is None or of is None else (places, of)
+    dy, dx = torch.randint(0, 2 * pad + 1, (2, of), generator=generator)[:, places].tolist()
+    mirrored = (torch.rand(of, generator=generator) < 0.5)[places].tolist()
     # Copies of numpy views, one picture at a time: three times as fast as one indexing of the whole batch, and free of
     # torch's thread pool, whose barriers cost far more than the work when other processes use the cores.
     source = batch.numpy()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from anncvt.data import Images, open_images, parse_spec
+from anncvt.data import Images, Stream, open_images, open_training_images, parse_spec
 from anncvt.errors import AnncvtError, GateError
 from anncvt.evaluation import evaluate
 from anncvt.program import Preprocess, Program
@@ -45,6 +45,19 @@ class DataChoice:
             seed=self.seed,
             workers=self.workers,
             labelled=labelled,
+            progress=progress,
+        )
+
+    def open_training(self, preprocess: Preprocess, *, progress: Progress = SILENT) -> Images | Stream:
+        """The labelled training split, decoded while it is used where it does not fit in memory."""
+        assert self.spec is not None
+        return open_training_images(
+            self.spec,
+            preprocess,
+            data_dir=self.data_dir,
+            limit=self.limit,
+            seed=self.seed,
+            workers=self.workers,
             progress=progress,
         )
 

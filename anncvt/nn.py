@@ -33,6 +33,9 @@ class _AdderNd(nn.Module):
 
     ndim: int
     norm: nn.Module | None
+    #: Computes the sum in its stead, from it and its two operands: :class:`anncvt.fake_quant.FakeQuant`. For 2-d adders
+    #: and Linear ones.
+    fake: Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Tensor] | None = None
     #: Pads as TensorFlow's SAME does, by the size of each input, instead of by ``padding``.
     same: bool = False
 
@@ -61,8 +64,13 @@ class _AdderNd(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.norm = _NORMS[self.ndim](out_channels) if norm else None
-        # AdderNet's own initialisation: weights on the scale of normalised activations
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """AdderNet's own initialisation: weights on the scale of normalised activations."""
         nn.init.normal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def _tuple(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
         return (value,) * self.ndim if isinstance(value, int) else tuple(value)
@@ -119,7 +127,7 @@ class _AdderNd(nn.Module):
     def response(self, x: Tensor, *, is_padded: bool = False) -> Tensor:
         """The adder's own output (with its bias), before a norm of its own. ``is_padded``: ``x`` comes padded."""
         if self.padding_mode == "zeros" and not is_padded:
-            y = self._adder(x, self._sides_for(x))
+            y = self._adder(x, self.sides_for(x))
         else:
             y = self._adder(x if is_padded else self.padded(x), ((0, 0),) * self.ndim)
         if self.bias is not None:
@@ -128,10 +136,10 @@ class _AdderNd(nn.Module):
 
     def padded(self, x: Tensor) -> Tensor:
         """``x`` with the layer's padding around it."""
-        flat = [side for pair in reversed(self._sides_for(x)) for side in pair]
+        flat = [side for pair in reversed(self.sides_for(x)) for side in pair]
         return F.pad(x, flat, mode="constant" if self.padding_mode == "zeros" else self.padding_mode) if flat else x
 
-    def _sides_for(self, x: Tensor) -> tuple[tuple[int, int], ...]:
+    def sides_for(self, x: Tensor) -> tuple[tuple[int, int], ...]:
         """Per dimension (before, after); with ``same`` TensorFlow's SAME: ``ceil(size / stride)`` outputs."""
         if not self.same:
             return self.padding
@@ -141,6 +149,14 @@ class _AdderNd(nn.Module):
 
     def _adder(self, x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
         raise NotImplementedError
+
+    def _fakeable(self, x: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
+        """:meth:`_adder2d`, or what :attr:`fake` makes of it."""
+
+        def plain(x: Tensor, weight: Tensor) -> Tensor:
+            return self._adder2d(x, weight, *geometry)
+
+        return plain(x, weight) if self.fake is None else self.fake(plain, x, weight)
 
     def _adder2d(
         self,
@@ -159,14 +175,9 @@ class AdderConv2d(_AdderNd):
     """``y = -sum |x - w|`` over 2-d windows, ``[N, C, H, W] -> [N, O, H', W']``."""
 
     ndim = 2
-    #: Computes the sum in its stead, from it and its two operands: :class:`anncvt.fake_quant.FakeQuant`.
-    fake: Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Tensor] | None = None
 
     def _adder(self, x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
-        def plain(x: Tensor, weight: Tensor) -> Tensor:
-            return self._adder2d(x, weight, self.stride, padding, self.dilation)
-
-        return plain(x, self.weight) if self.fake is None else self.fake(plain, x, self.weight)
+        return self._fakeable(x, self.weight, self.stride, padding, self.dilation)
 
 
 class AdderConv1d(_AdderNd):
@@ -228,7 +239,7 @@ class AdderLinear(_AdderNd):
     def _adder(self, x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
         first = x.movedim(-1, 1)
         maps = first if first.dim() == 4 else first.reshape(first.shape[0], first.shape[1], 1, -1)
-        y = self._adder2d(maps, self.weight[:, :, None, None], (1, 1), ((0, 0), (0, 0)), (1, 1))
+        y = self._fakeable(maps, self.weight[:, :, None, None], (1, 1), ((0, 0), (0, 0)), (1, 1))
         return y.reshape(y.shape[0], y.shape[1], *first.shape[2:]).movedim(1, -1)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import click
 
+from anncvt.distillation.config import BOUNDS, BY_OPTIMIZER, CHOICES, OPEN_BOUNDS, DistillConfig
 from anncvt.passes.choice import POLICIES
 
 if sys.version_info >= (3, 11):
@@ -133,6 +134,7 @@ def common(command: Command) -> Command:
             callback=_read_config,
             help="Read options from a TOML file (keys are the long option names); the command line wins.",
         ),
+        section="General",
     )(command)
 
 
@@ -152,6 +154,7 @@ def model(command: Command) -> Command:
         click.option("--mean", type=Numbers(), help="Mean of each channel, of pixels in 0..1: 0.485,0.456,0.406."),
         click.option("--std", type=Numbers(), help="Standard deviation of each channel: 0.229,0.224,0.225."),
         click.option("--trust-pickle", is_flag=True, help="Run the code in a pickled checkpoint: it can do anything."),
+        section="Model",
     )(command)
 
 
@@ -175,6 +178,7 @@ def layers(command: Command) -> Command:
         ),
         click.option("--linear", is_flag=True, help="Linear layers become adders, too."),
         click.option("--dump", type=click.Path(file_okay=False), metavar="DIR", help="Write graphs around each pass."),
+        section="Layers",
     )(command)
 
 
@@ -185,16 +189,106 @@ def reading(command: Command) -> Command:
         click.option("--limit", type=click.IntRange(1), help="At most so many images of each split."),
         click.option("--workers", type=click.IntRange(0), default=0, help="Decoding threads.  [default: one per core]"),
         click.option("--seed", type=int, default=0, show_default=True, help="Of sampling, order and augmentation."),
+        section="Data",
     )(command)
 
 
 def training(command: Command) -> Command:
-    """Hyper-parameters of distillation."""
-    return _all(
-        click.option("--epochs", type=click.IntRange(1), help="Epochs of distillation.  [default: 1]"),
-        click.option("--batch-size", type=click.IntRange(2), help="Images a training step.  [default: 128]"),
-        click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.  [default: 0.01]"),
-    )(command)
+    """The hyper-parameters of distillation that matter first."""
+    return _all(*_hyperparameters(("epochs", "batch_size", "lr")), section="Distillation")(command)
+
+
+def more_training(command: Command, *, hidden: bool = False) -> Command:
+    """All others of :class:`anncvt.distillation.config.DistillConfig`, by section.
+
+    Args:
+        hidden: taken, and not shown.
+    """
+    for section, names in reversed(_SECTIONS.items()):
+        command = _all(*_hyperparameters(names, hidden=hidden), section=f"Distillation, {section}")(command)
+    return command
+
+
+def hidden_training(command: Command) -> Command:
+    """:func:`more_training`, not shown in the help."""
+    return more_training(command, hidden=True)
+
+
+_HELP = {
+    "epochs": "Epochs of distillation.",
+    "batch_size": "Images a training step.",
+    "lr": "Peak learning rate.",
+    "feature_loss": "How features are compared.",
+    "alpha": "Weight of the teacher's outputs.",
+    "beta": "Weight of the features.",
+    "temperature": "Of the softmax in the teacher's term.",
+    "teacher": "frozen, or goes on learning: progressive from its weights, scratch from none.",
+    "teacher_lr": "Its peak learning rate.",
+    "init": "Where the adder network starts: as it is, with the CNN's weights, from none.",
+    "gradient": "Of the adder op: the subgradient, or AdderNet's.",
+    "optimizer": "What moves the weights.",
+    "momentum": "Of sgd.",
+    "weight_decay": "Of everything but adder weights, norms and biases.",
+    "eta": "Step of adder weights, times --lr.",
+    "warmup": "Share of the steps before the cosine.",
+    "clip_grad": "Greatest norm of the gradients, those of adder weights left out.",
+    "ema": "Decay of a moving average of the weights, which becomes the result.",
+    "precision": "Of all layers but adders.",
+    "accumulate": "Divide the images of a step into so many parts, to save memory.",
+    "augment": "Shift and mirror the images.",
+    "transform": "module:factory of a further transform of an image, [C, H, W] uint8, as in torchvision.transforms.v2.",
+    "label_smoothing": "Share of a label that goes to all classes.",
+    "mixup": "Alpha of mixup; 0: none.",
+    "cutmix": "Alpha of CutMix; 0: none.",
+    "sync_bn": "BatchNorm over the images of all processes.",
+    "select": "Which epoch's weights are the result; best: on the test images.",
+    "stop_within": "Stop after the epoch that comes so near to the CNN's top-1 (points).",
+    "patience": "Stop after so many epochs without a better top-1.",
+    "tensorboard": "Log for TensorBoard, too.",
+    "checkpoint_seconds": "Time between checkpoints.",
+}
+_SECTIONS: dict[str, tuple[str, ...]] = {
+    "method": ("feature_loss", "alpha", "beta", "temperature", "teacher", "teacher_lr", "init", "gradient"),
+    "optimizer": (
+        "optimizer", "momentum", "weight_decay", "eta", "warmup", "clip_grad", "ema", "precision", "accumulate",
+    ),
+    "images": ("augment", "transform", "label_smoothing", "mixup", "cutmix"),
+    "course": ("sync_bn", "select", "stop_within", "patience", "tensorboard", "checkpoint_seconds"),
+}  # fmt: skip
+_WHOLE = ("epochs", "batch_size", "accumulate", "patience")
+_DEFAULTS = {"teacher_lr": "--lr", "init": "oneshot; fresh with --teacher scratch"}
+
+
+def _hyperparameters(names: tuple[str, ...], *, hidden: bool = False) -> Sequence[Callable[[Command], Command]]:
+    """Options for fields of the configuration. None of them has a value of its own: who is silent gets the default."""
+    found: list[Callable[[Command], Command]] = []
+    for name in names:
+        default = getattr(DistillConfig, name)
+        shown = _DEFAULTS.get(name, default)
+        if name in BY_OPTIMIZER["sgd"]:
+            shown = ", ".join(f"{rates[name]:g} {optimizer}" for optimizer, rates in BY_OPTIMIZER.items())
+        text = _HELP[name] if shown is None or isinstance(shown, bool) else f"{_HELP[name]}  [default: {shown}]"
+        flag, kind = f"--{name.replace('_', '-')}", _kind(name)
+        if isinstance(default, bool):
+            flag += f"/--no-{name.replace('_', '-')}" if default else ""
+            found.append(click.option(flag, is_flag=True, default=None, help=text, hidden=hidden))
+        else:
+            metavar = None if name in CHOICES else "N" if name in _WHOLE else "X" if name in BOUNDS else "NAME"
+            found.append(click.option(flag, name, type=kind, metavar=metavar, help=text, hidden=hidden))
+    return found
+
+
+def _kind(name: str) -> click.ParamType | None:
+    if name in CHOICES:
+        return click.Choice(CHOICES[name])
+    if name not in BOUNDS:
+        return None
+    low, high = BOUNDS[name]
+    if name in _WHOLE:
+        return click.IntRange(int(low))
+    is_open = OPEN_BOUNDS.get(name)
+    above = None if high == float("inf") else high
+    return click.FloatRange(low, above, min_open=is_open == "low", max_open=is_open == "high")
 
 
 def hardware(command: Command) -> Command:
@@ -232,10 +326,16 @@ def max_drop(command: Command) -> Command:
     )(command)
 
 
-def _all(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def _all(*decorators: Callable[[Command], Command], section: str | None = None) -> Callable[[Command], Command]:
+    """All ``decorators``, the first outermost; their options stand under ``section`` in the help."""
+
     def apply(command: Command) -> Command:
+        before = list(getattr(command, "__click_params__", ()))
         for decorator in reversed(decorators):
             command = decorator(command)
+        for param in getattr(command, "__click_params__", ()):
+            if section is not None and param not in before:
+                param.section = section
         return command
 
     return apply

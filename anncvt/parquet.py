@@ -111,8 +111,9 @@ def _listing(paths: list[Path], labelled: bool) -> Listing:
                 raise _broken(path, error) from error
             first = end
 
+    blocks = np.array([file.metadata.row_group(at).num_rows for file in files for at in range(file.num_row_groups)])
     if not labelled:
-        return Listing(count, stream)
+        return Listing(count, stream, blocks=blocks)
     label = _column(schema, _LABEL_COLUMNS, "class numbers", paths[0])
     try:
         parts = [file.read(columns=[label])[label].to_numpy() for file in files]
@@ -125,7 +126,7 @@ def _listing(paths: list[Path], labelled: bool) -> Listing:
             where=str(paths[0]),
             fix="encode the classes as integers from 0",
         )
-    return Listing(count, stream, labels.astype(np.int64), _class_names(schema, label))
+    return Listing(count, stream, labels.astype(np.int64), _class_names(schema, label), blocks=blocks)
 
 
 def _column(schema: pyarrow.Schema, names: tuple[str, ...], what: str, path: Path) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anncvt import folder
+from anncvt import folder, launch
 from anncvt.checkpoint import sha256
 from anncvt.data import Images, native_size
 from anncvt.errors import AnncvtError
@@ -29,6 +29,7 @@ from anncvt.passes.rewrite import rewrite
 from anncvt.program import Program
 from anncvt.progress import SILENT, Progress
 from anncvt.sources import NoSuchSplit
+from anncvt.stream import Stream
 from anncvt.zoo import ZOOS
 
 if TYPE_CHECKING:
@@ -110,7 +111,9 @@ def convert(
         progress.note(f"{output}: resuming after the stage '{program.stage}'")
     yardstick = Yardstick.find(program, training or calibration, required=training is not None, progress=progress)
     images = None
-    if not reached(program, "calibrated"):
+    # A student that starts from other weights has no use for a calibration.
+    pointless = training is not None and config.settled().init != "oneshot"
+    if not pointless and not reached(program, "calibrated"):
         images = calibration.open(
             "train", program.preprocess, at_most=CALIBRATION_IMAGES, labelled=False, progress=progress
         )
@@ -157,12 +160,25 @@ def distil(
     """
     from anncvt import pkkd
 
-    train = training.open("train", program.preprocess, progress=progress)
+    train = training.open_training(program.preprocess, progress=progress)
     assert program.student is not None
-    with contextlib.nullcontext() if integers is None else fake_quantised(program.student, integers):
+    with contextlib.ExitStack() as stack:
+        if isinstance(train, Stream):
+            stack.callback(train.close)
+        if integers is not None:
+            stack.enter_context(fake_quantised(program.student, integers))
         program = pkkd.distill(
-            program, train, yardstick.images, config, folder=output, resume=resume, progress=progress
+            program,
+            train,
+            yardstick.images,
+            config,
+            folder=output,
+            teacher_top1=None if yardstick.teacher is None else yardstick.teacher["top1"],
+            resume=resume,
+            progress=progress,
         )
+    if launch.rank() > 0:
+        return program  # the first process measures and writes
     result = program.history[-1].metrics
     last: dict[str, float] = {name: result[name] for name in ("top1", "top5") if name in result}
     yardstick.record(program, progress, student=last if integers is None else None)

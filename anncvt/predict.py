@@ -35,12 +35,14 @@ def predict(
     Args:
         backend: one of :data:`BACKENDS`.
         path: the exported or compiled network, for the backends that run one.
-        integers: run the integer network, which torch and TVM do.
+        integers: run the integer network.
         top: how many classes.
 
     Raises:
-        AnncvtError: a picture cannot be read, or the network makes no class scores.
+        AnncvtError: no such backend, a picture cannot be read, or the network makes no class scores.
     """
+    if backend not in BACKENDS:
+        raise AnncvtError(f"no such backend: {backend!r}", fix=f"choose one of {', '.join(BACKENDS)}")
     network = _integers(program, backend, path) if integers else _floats(program, backend, path)
     found = []
     with progress.task("running", len(pictures)) as task:
@@ -56,26 +58,30 @@ Runner = Callable[[torch.Tensor], np.ndarray]
 
 
 def _floats(program: Program, backend: str, path: Path | None) -> Runner:
-    network = _network(program, backend, path)
-    return lambda pixels: network(normalise(pixels, program.preprocess).numpy())
+    return _normalised(program, _network(program, backend, path))
 
 
 def _integers(program: Program, backend: str, path: Path | None) -> Runner:
+    _require_backend(backend)
     if backend == "torch":
         from anncvt.runtime import integer_network, integer_torch
 
         network = integer_network.load(program.folder or "")
         scale = network.steps[-1].grid.scale
         return lambda pixels: integer_torch.run(network, pixels).numpy() * scale
-    if backend != "tvm":
-        raise AnncvtError(f"{backend} runs no integer network", fix="`--backend tvm` and `--backend torch` do")
+    if backend == "onnxruntime":
+        exported = _session(path, program, "export DIR --int8")
+        return lambda pixels: exported(normalise(pixels, program.preprocess).numpy())
     compiled = _loaded(path, program, "compile DIR --int8")
     return lambda pixels: compiled(pixels) * compiled.manifest["output"]["scale"]
 
 
+def _normalised(program: Program, network: Callable[[np.ndarray], np.ndarray]) -> Runner:
+    return lambda pixels: network(normalise(pixels, program.preprocess).numpy())
+
+
 def _network(program: Program, backend: str, path: Path | None) -> Callable[[np.ndarray], np.ndarray]:
-    if backend not in BACKENDS:
-        raise AnncvtError(f"no such backend: {backend!r}", fix=f"choose one of {', '.join(BACKENDS)}")
+    _require_backend(backend)
     if backend == "torch":
         student = program.student
         if student is None:
@@ -87,11 +93,20 @@ def _network(program: Program, backend: str, path: Path | None) -> Callable[[np.
 
         return run
     if backend == "onnxruntime":
-        from anncvt.runtime import onnx
-
-        session = onnx.session(_made(path, backend, program, "export DIR"))
-        return lambda image: onnx.run(session, image)
+        return _session(path, program, "export DIR")
     return _loaded(path, program, "compile DIR")
+
+
+def _session(path: Path | None, program: Program, command: str) -> Callable[[np.ndarray], np.ndarray]:
+    from anncvt.runtime import onnx
+
+    session = onnx.session(_made(path, "onnxruntime", program, command))
+    return lambda image: onnx.run(session, image)
+
+
+def _require_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise AnncvtError(f"no such backend: {backend!r}", fix=f"choose one of {', '.join(BACKENDS)}")
 
 
 def _loaded(path: Path | None, program: Program, command: str) -> Model:

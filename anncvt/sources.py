@@ -35,13 +35,17 @@ class NoSuchSplit(AnncvtError):
 
 @dataclass(frozen=True)
 class Listing:
-    """The pictures of one split. ``stream`` takes ascending row numbers and yields (name for messages, picture)."""
+    """The pictures of one split. ``stream`` takes ascending row numbers and yields (name for messages, picture).
+
+    ``blocks`` are the sizes of the runs of rows that cannot be read but as a whole, where there are such.
+    """
 
     count: int
     stream: Callable[[np.ndarray], Iterator[tuple[str, Picture]]]
     labels: np.ndarray | None = None  # [count] int64
     classes: list[str] | None = None
     flip: bool = True
+    blocks: np.ndarray | None = None
 
 
 def array_listing(

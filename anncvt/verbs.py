@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from anncvt import launch
 from anncvt.errors import AnncvtError
 from anncvt.options import settings
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from anncvt.progress import Progress
 
 INTERRUPTED = 130
+#: Verbs that several processes launched together can share the work of.
+SHARED = ("distill",)
 
 
 class Verb(click.Command):
@@ -33,12 +36,30 @@ class Verb(click.Command):
         ctx.meta["anncvt.args"] = list(args)
         return super().parse_args(ctx, args)
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Options by section, the verb's own first."""
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None and isinstance(param, click.Option):
+                section = "General" if param.name == "help" else getattr(param, "section", "Options")
+                sections.setdefault(section, []).append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
     def invoke(self, ctx: click.Context) -> Any:
         settings().stdout = sys.stdout
         try:
             with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
                 if not settings().verbose:
                     warnings.simplefilter("ignore")  # of the packages below, nothing the user could act on
+                if launch.count() > 1 and self.name not in SHARED:
+                    raise AnncvtError(
+                        f"{self.name} runs in one process, {launch.count()} were launched",
+                        fix=f"run it without a launcher; only {', '.join(SHARED)} divides its work",
+                    )
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
@@ -68,11 +89,13 @@ def working() -> AbstractContextManager[Progress]:
     """Progress as the user wants it, for the duration of the ``with`` block."""
     from anncvt.terminal import reporter
 
-    return reporter(quiet=settings().quiet, plain=settings().json)
+    return reporter(quiet=settings().quiet or launch.rank() > 0, plain=settings().json)
 
 
 def answer(data: Any, *shown: RenderableType) -> None:
-    """Print ``data`` as the one JSON object with --json, else ``shown``."""
+    """Print ``data`` as the one JSON object with --json, else ``shown``; the first of several processes does."""
+    if launch.rank() > 0:
+        return
     out = settings().stdout
     if settings().json:
         settings().answered = True
@@ -93,7 +116,7 @@ def _explain(error: Exception) -> None:
     fix = getattr(error, "fix", None)
     if settings().verbose:
         traceback.print_exception(error)
-    message = f"error: {what}"
+    message = f"error: {what}" if launch.rank() == 0 else f"error in process {launch.rank()}: {what}"
     if fix:
         message += f"\n  fix: {fix}"
     elif not expected and not settings().verbose:

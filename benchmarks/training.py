@@ -128,13 +128,21 @@ def step_times(batch: int, repeats: int, clock: Callable[[], float]) -> dict[str
 
 def step_memory(name: str, batch: int) -> int:
     """KiB that a step holds at its most, on top of what a fresh process with the network has before it."""
+    return peak_growth(step_of, (name, 2), (name, batch))
+
+
+def peak_growth(make: Callable[..., Callable[[], None]], first: tuple[object, ...], then: tuple[object, ...]) -> int:
+    """KiB by which memory grows at its most in three calls of ``make(*then)``, in a process of its own.
+
+    One call of ``make(*first)``, before, loads libraries and kernels.
+    """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_growth, (name, batch))
+        return pool.apply(_growth, (make, first, then))
 
 
-def _growth(name: str, batch: int) -> int:
-    step_of(name, 2)()  # loads libraries and kernels
-    step = step_of(name, batch)
+def _growth(make: Callable[..., Callable[[], None]], first: tuple[object, ...], then: tuple[object, ...]) -> int:
+    make(*first)()
+    step = make(*then)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
     before = _status("VmRSS")
     for _ in range(3):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from anncvt.errors import AnncvtError
-from anncvt.files import atomic_path
+from anncvt.files import write_state
 from anncvt.passes.fit_jointly import JointState
 
 CHECKPOINT = "train/calibration.pt"
@@ -53,8 +53,7 @@ class CalibrationState:
             "blocks": self.blocks,
             "joint": vars(self.joint),
         }
-        with atomic_path(self.folder / CHECKPOINT) as path:
-            torch.save(state, path)
+        write_state(self.folder / CHECKPOINT, state)
         self._kept = time.monotonic()
 
     def restore(self) -> None:

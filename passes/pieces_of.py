@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from anncvt.nn import AdderConv2d, _AdderNd
+from anncvt.nn import AdderConv2d, AdderLinear, _AdderNd
 from anncvt.passes.pieces import Fuser, Pieces, flat_graph, node_values, refused
 from anncvt.program import Program
 from anncvt.runtime.integer import Window
@@ -90,10 +90,15 @@ def _window(module: Any, padding: tuple[int, int, int, int]) -> Window:
 
 
 def _adder(fuser: Fuser, node: fx.Node, source: fx.Node, module: _AdderNd) -> None:
-    if not isinstance(module, AdderConv2d) or module.padding_mode != "zeros":
+    if isinstance(module, AdderLinear):
+        _row(fuser, node, source)
+        window = Window()
+    elif isinstance(module, AdderConv2d) and module.padding_mode == "zeros":
+        (top, bottom), (left, right) = module.sides_for(fuser.values[source])
+        window = _window(module, (top, left, bottom, right))
+    else:
         raise refused(node, f"is a {type(module).__name__} with padding_mode {module.padding_mode!r}")
-    (top, bottom), (left, right) = module.padding
-    _layer(fuser, node, source, "adder", module, _window(module, (top, left, bottom, right)))
+    _layer(fuser, node, source, "adder", module, window)
     if module.norm is not None:
         piece = fuser.pieces[fuser.tensors[node]]
         scale, shift = _line(cast(_BatchNorm, module.norm))
@@ -114,9 +119,13 @@ def _convolution(fuser: Fuser, node: fx.Node, source: fx.Node, module: nn.Conv2d
 
 
 def _linear(fuser: Fuser, node: fx.Node, source: fx.Node, module: nn.Linear) -> None:
+    _row(fuser, node, source)
+    _layer(fuser, node, source, "convolution", module, Window())
+
+
+def _row(fuser: Fuser, node: fx.Node, source: fx.Node) -> None:
     if fuser.values[source].ndim != 2:
         raise refused(node, "is a Linear layer over something else than a row an image")
-    _layer(fuser, node, source, "convolution", module, Window())
 
 
 def _layer(fuser: Fuser, node: fx.Node, source: fx.Node, op: str, module: Any, window: Window) -> None:

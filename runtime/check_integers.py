@@ -29,7 +29,12 @@ class Unavailable(Exception):
 
 
 def check(
-    network: IntegerNetwork, pixels: Array, library: str | Path | None = None, *, progress: Progress = SILENT
+    network: IntegerNetwork,
+    pixels: Array,
+    *,
+    onnx_path: str | Path | None = None,
+    so_path: str | Path | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Compare every accumulator and every output of every execution with the numpy reference.
 
@@ -37,14 +42,15 @@ def check(
 
     Args:
         pixels: ``[N, C, H, W]`` uint8, a few: the reference is slow.
-        library: what :func:`anncvt.runtime.tvm.compile_integers` wrote, or None.
+        onnx_path: the exported network; None: it is left out.
+        so_path: what :func:`anncvt.runtime.tvm.compile_integers` wrote; None: it is left out.
 
     Returns:
         ``{"ok", "images", "reference", "layers": [names], "backends": {name: {"ok", "compared": [names],
         "different": [names]}}, "missing": {name: why}}``.
 
     Raises:
-        AnncvtError: no images, or not the network's.
+        AnncvtError: no images, or not the network's; or the file cannot be opened or holds another network.
     """
     if len(pixels) == 0:
         raise AnncvtError("no images to check with", fix="name data with at least one image")
@@ -55,7 +61,11 @@ def check(
 
     backends: dict[str, dict[str, Any]] = {}
     missing = {}
-    comparisons: dict[str, Comparison] = {**COMPARISONS, LIBRARY: functools.partial(_library, library)}
+    comparisons: dict[str, Comparison] = {
+        **COMPARISONS,
+        LIBRARY: functools.partial(_library, so_path),
+        "onnxruntime": functools.partial(_onnxruntime, onnx_path),
+    }
     with progress.task("comparing integers", 1 + len(comparisons)) as task:
         integer_network.run(network, pixels, keep)
         task.advance()
@@ -165,6 +175,29 @@ def _c(network: IntegerNetwork, pixels: Array, expected: dict[str, tuple[Array, 
         raise AnncvtError(f"the C program failed: {done.stderr.strip()}", fix="this is a bug: report the network")
     wrong = set(re.findall(r"^golden/\d+/(.+)\.(?:accumulator|output)\.hex: ", done.stdout, re.MULTILINE))
     return {step.name: file_name(at, step.name) in wrong for at, step in enumerate(network.steps)}
+
+
+def _onnxruntime(
+    path: str | Path | None,
+    network: IntegerNetwork,
+    pixels: Array,
+    expected: dict[str, tuple[Array, Array | None]],
+) -> dict[str, bool]:
+    """Every value of the graph, and the logits of the file as it is, where runtimes may fuse what they like."""
+    if path is None:
+        raise Unavailable("not exported: run `anncvt export DIR --int8`")
+    from anncvt.runtime import onnx_trace
+
+    trace = onnx_trace.run(path, network, pixels)
+    found = {}
+    for step in network.steps:
+        wanted, sums = expected[step.name]
+        same = np.array_equal(wanted, trace.integers[step.name])
+        found[step.name] = not (same and (sums is None or np.array_equal(sums, trace.accumulators[step.name])))
+    last = network.steps[-1]
+    logits = expected[last.name][0].reshape(len(pixels), -1) * np.float32(last.grid.scale)
+    found[last.name] |= not np.array_equal(logits, trace.logits)
+    return found
 
 
 COMPARISONS: dict[str, Comparison] = {"torch": _torch, "TVM": _tvm, "C": _c}

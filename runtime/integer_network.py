@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -181,6 +182,16 @@ def arrays(network: IntegerNetwork) -> dict[str, Array]:
             parts |= {"multiplier": step.epilogue.multiplier, "bias": step.epilogue.bias}
         found |= {f"{step.name}/{part}": value for part, value in parts.items() if value is not None}
     return found
+
+
+def digest(network: IntegerNetwork) -> str:
+    """SHA-256 of what the network computes, whatever it was made with."""
+    described = {**describe(network), "settings": None}
+    found = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name, value in sorted(arrays(network).items()):
+        found.update(name.encode())
+        found.update(np.ascontiguousarray(value).tobytes())
+    return found.hexdigest()
 
 
 def save(network: IntegerNetwork, folder: str | Path) -> None:

@@ -8,32 +8,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anncvt.errors import AnncvtError, first_line
-from anncvt.files import atomic_path
 from anncvt.program import STAGES, Program, versions
 from anncvt.progress import SILENT, Progress
-from anncvt.runtime.onnx_body import DOMAIN, OPSETS, VERSION
+from anncvt.runtime import integer_network
+from anncvt.runtime.integer_network import IntegerNetwork
+from anncvt.runtime.onnx_body import BODIES, DOMAIN, OPSETS, VERSION
+from anncvt.runtime.onnx_file import write
 
 if TYPE_CHECKING:
     import numpy as np
-    import onnx_ir
     import onnxruntime
     from torch import nn
 
 INPUT, OUTPUT = "image", "logits"
-#: Weights above this go to a file beside the model: protobuf ends at 2 GiB, and the graph needs room too.
-MAX_EMBEDDED_BYTES = 2**31 - 2**24
+#: Of integers unless told else: the first whose QuantizeLinear onnx's ReferenceEvaluator knows.
+INTEGER_OPSET = 19
 
 
 def export(
-    program: Program, path: str | Path, *, opset: int = 18, fuse: bool = False, progress: Progress = SILENT
+    program: Program,
+    path: str | Path,
+    *,
+    opset: int = 18,
+    body: str = "scan",
+    fuse: bool = False,
+    progress: Progress = SILENT,
 ) -> Path:
     """Write the student as ONNX. Equal programs give equal bytes.
 
@@ -43,6 +48,7 @@ def export(
     Args:
         path: the ``.onnx`` file. Weights beyond 2 GB go to a second file beside it.
         opset: ONNX operator-set version. Below 18 only networks whose operators onnx can convert back.
+        body: how the op is defined in standard operators, one of :data:`anncvt.runtime.onnx_body.BODIES`.
         fuse: adders with the BatchNorm, addition and ReLU behind them as one node: fast with the native library,
             slower without it.
 
@@ -60,6 +66,7 @@ def export(
         program.preprocess.input_size,
         path,
         opset=opset,
+        body=body,
         fuse=fuse,
         metadata_props=metadata(program),
         progress=progress,
@@ -72,34 +79,63 @@ def export_network(
     path: str | Path,
     *,
     opset: int = 18,
+    body: str = "scan",
     fuse: bool = False,
     metadata_props: Mapping[str, str] | None = None,
     progress: Progress = SILENT,
 ) -> Path:
     """:func:`export` for any network, with or without adders, that takes one ``[N, *input_size]`` tensor to another."""
-    if opset not in OPSETS:
-        raise AnncvtError(
-            f"opset {opset} is not supported", fix=f"choose --opset between {OPSETS[0]} and {OPSETS[-1]}; 18 is usual"
-        )
+    _require(opset, body)
     from anncvt.runtime.onnx_translate import translate
 
     with progress.task("exporting to ONNX", None):
-        model = translate(network, input_size, opset, INPUT, OUTPUT)
+        model = translate(network, input_size, opset, body, INPUT, OUTPUT)
         if fuse:
             from anncvt.runtime.onnx_fuse import fuse as fuse_adders
 
             fuse_adders(model, opset)
         model.metadata_props.update(metadata_props or {})
-        _write(model, Path(path))
+        write(model, Path(path))
     return Path(path)
 
 
-def metadata(program: Program) -> dict[str, str]:
+def export_integers(
+    program: Program,
+    path: str | Path,
+    *,
+    opset: int = INTEGER_OPSET,
+    body: str = "scan",
+    progress: Progress = SILENT,
+) -> Path:
+    """Write the integer network of the program's folder as ONNX, with the same input and output as :func:`export`.
+
+    It computes what :mod:`anncvt.runtime.integer` does, bit for bit; ``logits`` are the integers times their scale.
+
+    Raises:
+        AnncvtError: not quantized yet, no such opset or body, or ``path`` cannot be written.
+    """
+    _require(opset, body)
+    network = integer_network.load(program.folder or "")
+    from anncvt.runtime.onnx_integer import integer_model
+
+    with progress.task("exporting integers to ONNX", None):
+        model = integer_model(network, program.preprocess, opset, body, INPUT, OUTPUT)
+        model.metadata_props.update(metadata(program, network))
+        write(model, Path(path))
+    return Path(path)
+
+
+def metadata(program: Program, network: IntegerNetwork | None = None) -> dict[str, str]:
     """What the file says about itself: string keys and values, JSON where there is structure.
 
     ``anncvt.version``, ``anncvt.source`` (file or zoo name, no folders), ``anncvt.plan`` (SHA-256 of the plan),
     ``anncvt.preprocess`` (``input_size``, ``mean``, ``std``), ``anncvt.versions`` (torch, onnx) and, where known,
     ``anncvt.classes`` and ``anncvt.accuracy`` (percent).
+
+    Args:
+        network: the program's integers, if the file holds these: then the accuracy is theirs, and there are
+            ``anncvt.integers`` (what they were made with, and ``sha256``) and ``anncvt.scales`` (of every tensor
+            ``scale``, ``zero``, ``bits``).
     """
     found = versions()
     entries: dict[str, Any] = {
@@ -112,7 +148,12 @@ def metadata(program: Program) -> dict[str, str]:
         entries["plan"] = hashlib.sha256(_json(program.plan.to_json()).encode()).hexdigest()
     if program.classes:
         entries["classes"] = program.classes
-    if accuracy := _accuracy(program):
+    if network is not None:
+        made_with = {name: value for name, value in network.settings.items() if name != "seconds"}
+        entries["integers"] = {**made_with, "sha256": integer_network.digest(network)}
+        grids = {integer_network.INPUT: network.input_grid, **{step.name: step.grid for step in network.steps}}
+        entries["scales"] = {name: asdict(grid) for name, grid in grids.items()}
+    if accuracy := _accuracy(program) if network is None else _integer_accuracy(program):
         entries["accuracy"] = accuracy
     return {
         f"anncvt.{name}": value if isinstance(value, str) else _json(value) for name, value in sorted(entries.items())
@@ -163,58 +204,6 @@ def run(session: onnxruntime.InferenceSession, images: np.ndarray) -> np.ndarray
         ) from error
 
 
-def _write(model: onnx_ir.Model, path: Path) -> None:
-    """Save and check, the weights embedded if they fit."""
-    import onnx_ir
-
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    with atomic_path(path) as temporary:
-        if weights > MAX_EMBEDDED_BYTES:
-            _save_external(model, path, temporary)
-        else:
-            onnx_ir.save(model, temporary)
-        _check(temporary, path)
-
-
-def _save_external(model: onnx_ir.Model, path: Path, temporary: Path) -> None:
-    """Weights to ``<stem>-<hash>.data`` beside the model: an older model keeps its own until it is replaced."""
-    import onnx
-    import onnx_ir
-
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        draft, data = Path(folder, "draft.onnx"), Path(folder, "weights")
-        onnx_ir.save(model, draft, external_data=data.name)
-        name = f"{path.stem}-{_sha256(data)[:12]}.data"
-        os.replace(data, path.parent / name)
-        proto = onnx.load(draft, load_external_data=False)
-        for tensor in proto.graph.initializer:
-            for entry in tensor.external_data:
-                if entry.key == "location":
-                    entry.value = name
-        temporary.write_bytes(proto.SerializeToString(deterministic=True))
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _check(file: Path, target: Path) -> None:
-    import onnx
-
-    try:
-        onnx.checker.check_model(file, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise AnncvtError(
-            f"the exported model is not valid ONNX: {first_line(error)}",
-            where=str(target),
-            fix="export with --opset 18 and report the network; nothing was written",
-        ) from error
-
-
 def _check_domain(path: Path) -> None:
     """Refuse what this version of the op does not define, before a runtime runs it wrongly or fails obscurely."""
     import onnx
@@ -252,6 +241,22 @@ def _accuracy(program: Program) -> dict[str, float] | None:
         if record.stage in STAGES:
             return None
     return None
+
+
+def _integer_accuracy(program: Program) -> dict[str, float] | None:
+    """What was measured when the integers were made."""
+    made = next((record for record in reversed(program.history) if record.stage == "quantized"), None)
+    measured = made.metrics.get("integer", {}) if made is not None else {}
+    return {name: measured[name] for name in ("top1", "top5") if name in measured} or None
+
+
+def _require(opset: int, body: str) -> None:
+    if opset not in OPSETS:
+        raise AnncvtError(
+            f"opset {opset} is not supported", fix=f"choose --opset between {OPSETS[0]} and {OPSETS[-1]}; 18 is usual"
+        )
+    if body not in BODIES:
+        raise AnncvtError(f"there is no body {body!r} of the op", fix=f"choose --body {' or '.join(BODIES)}")
 
 
 def _json(value: Any) -> str:

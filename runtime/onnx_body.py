@@ -1,18 +1,22 @@
-"""The adder op written in standard ONNX operators, so that a runtime that knows nothing of ``ai.anncvt`` still runs it.
+"""The adder ops written in standard ONNX operators, so that a runtime that knows nothing of ``ai.anncvt`` runs them.
 
-An ONNX model carries this function next to its ``ai.anncvt::Adder2d`` nodes. A runtime with a kernel of its own for the
-op takes the kernel; any other replaces the node by the function.
+An ONNX model carries these functions next to its ``ai.anncvt`` nodes. A runtime with a kernel of its own for an op
+takes the kernel; any other replaces the node by the function.
 
-The body trades speed for memory that does not grow with the batch or with the number of output channels. It takes one
-image at a time; of that image's windows (``C * kh * kw * H' * W'`` numbers) one block of taps at a time; and for that
-block one output channel of every group at a time. What is alive is three copies of the windows and two temporaries of
-a block. The obvious alternative, one broadcast subtraction of all windows and all filters, needs the windows once more
-for every output channel and image.
+There are two bodies. ``"scan"`` trades speed for memory that does not grow with the batch or with the number of output
+channels. It takes one image at a time; of that image's windows (``C * kh * kw * H' * W'`` numbers) one block of taps at
+a time; and for that block one output channel of every group at a time. What is alive is three copies of the windows and
+two temporaries of a block. ``"one"`` has no control flow, which importers ask for that know none: one broadcast
+subtraction of all windows and all filters, which needs the windows twice more for every output channel and image.
+
+The integer op subtracts the padding's value from both operands, which leaves ``|x - w|`` as it is, so that zeros pad
+it. Its windows and differences are whole numbers below 2**24 in float32, hence exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,11 +24,14 @@ if TYPE_CHECKING:
 
 DOMAIN = "ai.anncvt"
 VERSION = 1
-OP_TYPE = "Adder2d"
+OP_TYPE, INTEGER_OP_TYPE = "Adder2d", "AdderInteger2d"
+BODIES = ("scan", "one")
 #: Operator-set versions the body is valid in (``Shape`` with start and end came with 15).
 OPSETS = range(15, 24)
 #: Differences computed in one step: 1 MB of float32.
 BLOCK = 2**18
+#: Taps of a block of integers: their sum, at most 255 each, is exact in float32.
+MOST_INTEGER_TAPS = 2**16
 
 _DOC = """y[n,o,p] = -sum over c, k of |x[n, c, p*strides + k*dilations - pads] - w[o,c,k]|
 
@@ -33,14 +40,39 @@ x: [N, C, H, W]; w: [O, C/group, kh, kw]; y: [N, O, H', W'], sizes as for Conv.
 pads: top, left, bottom, right. Padding is by zeros and is part of the sum: a padded tap contributes -|0 - w|.
 x must be finite (infinity times zero in the window extraction is NaN)."""
 
+_INTEGER_DOC = """y[n,o,p] = -sum over c, k of |x[n, c, p*strides + k*dilations - pads] - w[o,c,k]|
+
+The layer of an adder neural network (AdderNet, arXiv 1912.13200, eq. 1) on integers of one grid.
+x: [N, C, H, W] uint8; w: [O, C/group, kh, kw] uint8; y: [N, O, H', W'] int32, sizes as for Conv, exact.
+pads: top, left, bottom, right. Padding is by pad_value and is part of the sum: a padded tap contributes
+-|pad_value - w|."""
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """What the text of a body calls its operands, and how sums are kept."""
+
+    x: str
+    w: str
+    integer: bool
+
+
+_FLOAT, _INTEGER = _Operands("x", "w", False), _Operands("x_centred", "w_centred", True)
+
+_CENTRED = """
+  pad = Constant <value_int: int = @pad_value> ()
+  centre = Cast <to: int = 1> (pad)
+  x_float = Cast <to: int = 1> (x)
+  x_centred = Sub (x_float, centre)
+  w_float = Cast <to: int = 1> (w)
+  w_centred = Sub (w_float, centre)
+"""
+
 # The windows are extracted by a convolution with one-hot filters: filter k copies the pixel that kernel position k
 # sees. It understands strides, pads and dilations, and needs no sizes known in advance. All sizes come from Shape, none
 # from constants; Constant nodes hold tensors because importers stumble over the list-of-integers form.
 _SIZES = """
-  first = Constant <value: tensor = int64[1] {0}> ()
   one = Constant <value: tensor = int64[1] {1}> ()
-  last = Constant <value: tensor = int64[1] {-1}> ()
-  rest = Constant <value: tensor = int64[1] {-1}> ()
   channels = Shape <start: int = 1, end: int = 2> (x)
   filters = Shape <start: int = 0, end: int = 1> (w)
   depth = Shape <start: int = 1, end: int = 2> (w)
@@ -49,33 +81,52 @@ _SIZES = """
   taps = Mul (depth, area)
   groups = Div (channels, depth)
   group_filters = Div (filters, groups)
+  images_shape = Shape <start: int = 0, end: int = 1> (x)
 """
 
-_ONE_HOT = """
+
+def _one_hot(operands: _Operands) -> str:
+    return f"""
   square = Concat <axis: int = 0> (area, area)
-  zeros = ConstantOfShape <value: tensor = float[1] {0.0}> (square)
+  zeros = ConstantOfShape <value: tensor = float[1] {{0.0}}> (square)
   identity = EyeLike (zeros)
-  identity_like = CastLike (identity, x)
+  identity_like = CastLike (identity, {operands.x})
   one_hot_shape = Concat <axis: int = 0> (area, one, kernel)
   one_hot = Reshape (identity_like, one_hot_shape)
 """
 
-# weights: [O/groups, groups, taps, 1]
-_WEIGHTS = """
+
+def _weights(operands: _Operands) -> str:
+    """``weights``: [O/groups, groups, taps, 1]"""
+    return f"""
   weight_shape = Concat <axis: int = 0> (groups, group_filters, taps, one)
-  grouped_weights = Reshape (w, weight_shape)
+  grouped_weights = Reshape ({operands.w}, weight_shape)
   weights = Transpose <perm: ints = [1, 0, 2, 3]> (grouped_weights)
 """
 
-# The taps are cut into blocks whose differences fit in a core's own cache: streamed through memory, a step takes up to
-# twice as long. Zeros fill the last block of windows and of weights alike: |0 - 0| adds nothing.
-# windows: [groups, taps, H'*W'] -> [blocks, groups, block_taps, H'*W'].
-_BLOCKS = f"""
+
+def _blocks(operands: _Operands) -> str:
+    """The taps of an image, cut into blocks whose differences fit in a core's own cache.
+
+    Streamed through memory, a step takes up to twice as long. Zeros fill the last block of windows and of weights
+    alike: ``|0 - 0|`` adds nothing. ``windows`` ``[groups, taps, H'*W']`` become ``window_blocks``
+    ``[blocks, groups, block_taps, H'*W']``.
+    """
+    most = "most_taps = Max (affordable, one)"
+    no_sums = f"""
+    float_zeros = ConstantOfShape <value: tensor = float[1] {{0.0}}> (sums_shape)
+    no_sums = CastLike (float_zeros, {operands.x})"""
+    if operands.integer:
+        most = f"""exact = Constant <value: tensor = int64[1] {{{MOST_INTEGER_TAPS}}}> ()
+    limited = Min (affordable, exact)
+    most_taps = Max (limited, one)"""
+        no_sums = "no_sums = ConstantOfShape <value: tensor = int32[1] {0}> (sums_shape)"
+    return f"""
     outputs = Shape <start: int = 2> (windows)
     budget = Constant <value: tensor = int64[1] {{{BLOCK}}}> ()
     tap_size = Mul (groups, outputs)
     affordable = Div (budget, tap_size)
-    most_taps = Max (affordable, one)
+    {most}
     rounded_taps = Add (taps, most_taps)
     last_tap = Sub (rounded_taps, one)
     blocks = Div (last_tap, most_taps)
@@ -96,13 +147,13 @@ _BLOCKS = f"""
     weight_blocks = Transpose <perm: ints = [2, 0, 1, 3, 4]> (split_weights)
     row_shape = Concat <axis: int = 0> (one, block_taps)
     minus_ones = ConstantOfShape <value: tensor = float[1] {{-1.0}}> (row_shape)
-    minus = CastLike (minus_ones, x)
+    minus = CastLike (minus_ones, {operands.x})
     sums_shape = Concat <axis: int = 0> (group_filters, groups, outputs)
-    float_zeros = ConstantOfShape <value: tensor = float[1] {{0.0}}> (sums_shape)
-    no_sums = CastLike (float_zeros, x)
+    {no_sums}
     fewer_outputs = Less (outputs, block_taps)
     narrow = Squeeze (fewer_outputs, first)
 """
+
 
 # The sum over taps is a product with -1s: matrix products are the best-tuned operator of a runtime, and the sign saves
 # a Neg. A broadcast subtraction costs onnxruntime by the number of rows, so the longer axis goes last: output positions
@@ -132,28 +183,38 @@ _TAPS_LAST = """
         }> (weight_rows)
 """
 
-# The images are walked by a Loop and not a Scan because onnx's ReferenceEvaluator hands a function's attributes only to
-# the bodies of Loop. It also concatenates what a Loop collects where the standard says stack; the last Reshape accepts
-# both.
-_IMAGES = f"""
-  images_shape = Shape <start: int = 0, end: int = 1> (x)
+
+def _scan(operands: _Operands) -> str:
+    """The images are walked by a Loop and not a Scan because onnx's ReferenceEvaluator hands a function's attributes
+    only to the bodies of Loop. It also concatenates what a Loop collects where the standard says stack; the last
+    Reshape accepts both.
+    """
+    sums = "int32" if operands.integer else "float"
+    addition = "sums_after = Add (sums_before, block_sums)"
+    if operands.integer:
+        addition = """block_integers = Cast <to: int = 6> (block_sums)
+      sums_after = Add (sums_before, block_integers)"""
+    return f"""
+  first = Constant <value: tensor = int64[1] {{0}}> ()
+  last = Constant <value: tensor = int64[1] {{-1}}> ()
+  rest = Constant <value: tensor = int64[1] {{-1}}> ()
   images = Squeeze (images_shape, first)
   always = Constant <value: tensor = bool {{1}}> ()
   windows_shape = Concat <axis: int = 0> (groups, taps, rest)
-  sums = Loop <body: graph = image (int64 index, bool before) => (bool after, float[o, p, q] image_sums) {{
+  sums = Loop <body: graph = image (int64 index, bool before) => (bool after, {sums}[o, p, q] image_sums) {{
     after = Identity (before)
-    pixels = Gather <axis: int = 0> (x, index)
+    pixels = Gather <axis: int = 0> ({operands.x}, index)
     planes = Unsqueeze (pixels, one)
     copies = Conv <strides: ints = @strides, pads: ints = @pads, dilations: ints = @dilations> (planes, one_hot)
     windows = Reshape (copies, windows_shape)
-    {_BLOCKS}
+    {_blocks(operands)}
     filter_sums = Scan <num_scan_inputs: int = 2,
-        body: graph = block_of_taps (float[f, g, l] sums_before, float[g, t, l] block, float[f, g, t, u] block_weights)
-        => (float[f, g, l] sums_after) {{
+        body: graph = block_of_taps ({sums}[f, g, l] sums_before, float[g, t, l] block, float[f, g, t, u] block_weights)
+        => ({sums}[f, g, l] sums_after) {{
       block_sums = If (narrow) <
         then_branch: graph = taps_last () => (float[f, g, l] sums_of_rows) {{{_TAPS_LAST}}},
         else_branch: graph = outputs_last () => (float[f, g, l] sums_of_columns) {{{_OUTPUTS_LAST}}}>
-      sums_after = Add (sums_before, block_sums)
+      {addition}
     }}> (no_sums, window_blocks, weight_blocks)
     group_sums = Transpose <perm: ints = [1, 0, 2]> (filter_sums)
     image_size = Shape <start: int = 2> (copies)
@@ -166,24 +227,69 @@ _IMAGES = f"""
 """
 
 
-def adder2d_function(opset: int) -> onnx.FunctionProto:
+def _one(operands: _Operands) -> str:
+    """Differences of integers are summed as integers: all taps at once may pass what float32 holds exactly."""
+    sums = "sums = ReduceSum <keepdims: int = 0> (distances, tap_axis)"
+    if operands.integer:
+        sums = """integer_distances = Cast <to: int = 6> (distances)
+  sums = ReduceSum <keepdims: int = 0> (integer_distances, tap_axis)"""
+    return f"""
+  plane_count = Mul (images_shape, channels)
+  plane_size = Shape <start: int = 2> (x)
+  planes_shape = Concat <axis: int = 0> (plane_count, one, plane_size)
+  planes = Reshape ({operands.x}, planes_shape)
+  copies = Conv <strides: ints = @strides, pads: ints = @pads, dilations: ints = @dilations> (planes, one_hot)
+  size = Shape <start: int = 2> (copies)
+  outputs = ReduceProd <keepdims: int = 1> (size)
+  windows_shape = Concat <axis: int = 0> (images_shape, one, groups, taps, outputs)
+  windows = Reshape (copies, windows_shape)
+  differences = Sub (windows, weights)
+  distances = Abs (differences)
+  tap_axis = Constant <value: tensor = int64[1] {{3}}> ()
+  {sums}
+  negative = Neg (sums)
+  grouped = Transpose <perm: ints = [0, 2, 1, 3]> (negative)
+  y_shape = Concat <axis: int = 0> (images_shape, filters, size)
+  y = Reshape (grouped, y_shape)
+"""
+
+
+def adder2d_function(opset: int, body: str = "scan") -> onnx.FunctionProto:
     """The body of ``ai.anncvt::Adder2d`` for models of operator-set version ``opset``.
 
     Inputs ``x`` and ``w``, output ``y``, attributes ``strides``, ``pads``, ``dilations`` (all required) and ``group``
     (1 where absent); see the function's ``doc_string``. The number of groups follows from the shapes.
 
+    Args:
+        body: one of :data:`BODIES`.
+
     Raises:
         ValueError: the body does not exist in that version.
     """
+    signature = f"{OP_TYPE} <strides, pads, dilations, group: int = 1> (x, w) => (y)"
+    return _function(signature, "", _FLOAT, opset, body, _DOC)
+
+
+def adder_integer2d_function(opset: int, body: str = "scan") -> onnx.FunctionProto:
+    """The body of ``ai.anncvt::AdderInteger2d``, on uint8 with exact int32 sums, see :func:`adder2d_function`.
+
+    It has the attribute ``pad_value`` (0 where absent) besides: what padding holds.
+    """
+    signature = f"{INTEGER_OP_TYPE} <strides, pads, dilations, group: int = 1, pad_value: int = 0> (x, w) => (y)"
+    return _function(signature, _CENTRED, _INTEGER, opset, body, _INTEGER_DOC)
+
+
+def _function(signature: str, before: str, operands: _Operands, opset: int, body: str, doc: str) -> onnx.FunctionProto:
     if opset not in OPSETS:
-        raise ValueError(f"the body of {OP_TYPE} exists for opset {OPSETS[0]} to {OPSETS[-1]}, not {opset}")
+        raise ValueError(f"the bodies exist for opset {OPSETS[0]} to {OPSETS[-1]}, not {opset}")
     from onnx import parser
 
+    rest = {"scan": _scan, "one": _one}[body](operands)
     function = parser.parse_function(
         f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">\n'
-        f"{OP_TYPE} <strides, pads, dilations, group: int = 1> (x, w) => (y) {{{_SIZES}{_ONE_HOT}{_WEIGHTS}{_IMAGES}}}"
+        f"{signature} {{{before}{_SIZES}{_one_hot(operands)}{_weights(operands)}{rest}}}"
     )
-    function.doc_string = _DOC
+    function.doc_string = doc
     _drop_types(function.node)
     return function
 

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 EXPORTER_OPSET = 18
 
 
-def translate(network: nn.Module, input_size: Sequence[int], opset: int, image: str, logits: str) -> onnx_ir.Model:
+def translate(
+    network: nn.Module, input_size: Sequence[int], opset: int, body: str, image: str, logits: str
+) -> onnx_ir.Model:
     """The network in eval mode as an ONNX model from ``image`` ``[batch, *input_size]`` to ``logits``.
 
     Adders are ``ai.anncvt::Adder2d`` nodes named after their layers. The op's body is attached last: the exporter's
@@ -49,7 +51,7 @@ def translate(network: nn.Module, input_size: Sequence[int], opset: int, image: 
     if opset < EXPORTER_OPSET:
         model = _lower(model, opset)
     if any(node.domain == DOMAIN for node in model.graph.all_nodes()):
-        function = onnx_ir.serde.deserialize_function(adder2d_function(opset))
+        function = onnx_ir.serde.deserialize_function(adder2d_function(opset, body))
         model.functions[function.identifier()] = function
     return model
 

@@ -59,6 +59,12 @@ def _(x, weight, stride, padding, dilation, groups, gradient="full"):
     return torch.empty((x.shape[0], weight.shape[0], *size), dtype=x.dtype, device=x.device, memory_format=_layout(x))
 
 
+# A sum of hundreds of distances is far from zero and differs little between pixels: rounded to half precision, what
+# BatchNorm needs of it would be gone. So autocast hands the op float32 and takes float32 from it.
+for _device in ("cpu", "cuda"):
+    torch.library.register_autocast("anncvt::adder2d", _device, torch.float32)
+
+
 @torch.library.custom_op("anncvt::adder2d_backward", mutates_args=())
 def adder2d_backward(
     grad: Tensor,

@@ -8,7 +8,7 @@ from quantized import adder_program, noise
 import anncvt
 from anncvt.fake_quant import FakeQuant, fake_quantised, straight_through
 from anncvt.measure import DataChoice
-from anncvt.nn import AdderConv2d
+from anncvt.nn import AdderConv2d, AdderLinear
 from anncvt.passes.quantize import QuantizeConfig, quantize
 from anncvt.runtime import integer, integer_network, integer_torch
 from anncvt.runtime.integer import Grid
@@ -123,3 +123,15 @@ def test_integers_after_training_are_those_that_were_trained_for():
             assert [after.grid(name) for name in twin.inputs] == [before.grid(name) for name in step.inputs]
     got = after.steps[-1].grid.scale * integer_torch.run(after, images.pixels)
     assert float(torch.corrcoef(torch.stack([wanted.flatten(), got.flatten()]))[0, 1]) > 0.98
+
+
+def test_linear_adders_are_faked_too():
+    adder = AdderLinear(3, 2)
+    x = torch.tensor([[0.6, -0.4, 2.0]])
+    adder.fake = FakeQuant((GRID,), torch.zeros(2, dtype=torch.int64))
+    with torch.no_grad():
+        adder.weight.copy_(torch.tensor([[0.1, 0.0, 50.0], [0.9, 0.3, -0.1]]))
+        found = adder(x)
+    high = GRID.high
+    expected = [-(0.5 - 0.0 + 0.5 + (high - 2.0) + (50 - high)), -(0.5 + 0.75 + 2.0)]
+    torch.testing.assert_close(found, torch.tensor([expected]))

@@ -78,6 +78,7 @@ FLOORS = [
     {"anncvt.page"},
     {"anncvt.facts", "anncvt.quantization"},
     {"anncvt.report", "anncvt.pkkd", "anncvt.pipeline"},
+    {name for name in MODULES if name.startswith("anncvt.distillation.") and not name.endswith(".config")},
     {
         "anncvt.runtime.onnx",
         "anncvt.runtime.onnx_session",

@@ -94,7 +94,28 @@ def test_integers_are_compiled_run_and_checked_as_a_whole(converted, picture):
     anncvt.quantize(converted, DataChoice("digits", limit=32))
     run = ("run", converted, "--input", picture, "--int8")
     assert "anncvt compile DIR --int8" in answered(*run, "--backend", "tvm")["error"]["fix"]
-    assert "onnxruntime" in answered(*run, "--backend", "onnxruntime")["error"]["what"]
+    assert "anncvt export DIR --int8" in answered(*run, "--backend", "onnxruntime")["error"]["fix"]
     assert answered("compile", converted, "--int8")["path"] == str(converted / "model.int8.so")
-    by_tvm, by_torch = (answered(*run, "--backend", name)["images"] for name in ("tvm", "torch"))
-    assert by_tvm == by_torch and len(by_tvm[0]["top"]) == 5
+    answered("export", converted, "--int8", "--body", "one")
+    found = [answered(*run, "--backend", name)["images"] for name in ("tvm", "onnxruntime", "torch")]
+    assert found[0] == found[1] == found[2] and len(found[0][0]["top"]) == 5
+
+
+def test_the_integers_as_onnx(converted):
+    from click.testing import CliRunner
+
+    def call(*arguments):
+        return CliRunner().invoke(cli, [*arguments, "--json"])
+
+    file = converted / "model.int8.onnx"
+    refused = call("export", str(converted), "--int8")
+    assert refused.exit_code == 1 and "anncvt quantize" in refused.stderr and not file.exists()
+    anncvt.quantize(converted, DataChoice("digits", limit=32))
+    assert call("export", str(converted), "--int8", "--opset", "14").exit_code == 1 and not file.exists()
+    written = call("export", str(converted), "--int8", "--body", "one")
+    assert written.exit_code == 0 and json.loads(written.stdout)["path"] == str(file)
+    checked = call("check", str(converted), "--int8", "--layers")
+    assert checked.exit_code == 0 and json.loads(checked.stdout)["backends"]["onnxruntime"]["ok"]
+    anncvt.quantize(converted, DataChoice("digits", limit=32), bits=4)
+    stale = call("check", str(converted), "--int8")
+    assert stale.exit_code == 1 and "anncvt export DIR --int8" in stale.stderr

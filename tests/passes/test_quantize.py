@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from networks import Inverted, Residual, ZeroPadded
+from networks import Inverted, Residual, Same, ZeroPadded
 from quantized import adder_program, noise
 from torch import nn
 
 from anncvt.errors import AnncvtError
+from anncvt.passes.choice import Choice
 from anncvt.passes.pieces_of import pieces_of
 from anncvt.passes.quantize import QuantizeConfig, quantize
 from anncvt.runtime import integer_torch
@@ -117,6 +118,61 @@ def test_an_adder_with_a_norm_and_a_bias_of_its_own():
     assert program.student.conv.norm is not None and program.student.conv.bias is not None
     assert agreement(program, QuantizeConfig()) > 0.99
     assert [piece.op for piece in pieces_of(program).order] == ["convolution", "adder", "sum_pool", "convolution"]
+
+
+class Classifier(nn.Module):
+    """Linear layers with and without a BatchNorm behind, as of a VGG."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.conv = nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, bias=False)
+        self.hidden = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 12))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.conv(self.norm(self.stem(x)).relu())
+        return self.head(self.hidden(x.flatten(1)).relu())
+
+
+@pytest.mark.parametrize("config", [QuantizeConfig(), QuantizeConfig(bits=6, groups=2)])
+def test_linear_adders(config):
+    program = adder_program(Classifier(), 8, choice=Choice(linear=True))
+    swapped = {layer.name for layer in program.plan.swapped}
+    assert {"hidden.0", "hidden.4"} <= swapped
+    assert agreement(program, config) > 0.97
+    ops = {piece.name: piece.op for piece in pieces_of(program).order}
+    assert all(ops[name] == "adder" for name in swapped)
+
+
+def test_linear_adders_over_more_than_rows_are_refused():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.mix, self.head = nn.Conv2d(3, 4, 4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.mix(self.stem(x).flatten(2).transpose(1, 2)).mean(1))
+
+    with pytest.raises(AnncvtError, match=r"flatten|transpose|mix"):
+        quantize(adder_program(Tokens(), 8, choice=Choice(linear=True)), CALIBRATION)
+
+
+def test_padding_by_the_size_of_the_input():
+    """TensorFlow's SAME pads this input on one side only."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.conv, self.bn, self.head = Same(4, 6, 3, 2), nn.BatchNorm2d(6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(self.bn(self.conv(self.norm(self.stem(x)).relu())).relu().mean((2, 3)))
+
+    program = adder_program(Net(), 8)
+    assert program.student.conv.same
+    assert quantize(program, CALIBRATION).step("conv").window.padding == (0, 0, 1, 1)
+    assert agreement(program, QuantizeConfig()) > 0.99
 
 
 @pytest.mark.parametrize("config", [QuantizeConfig(bits=7), QuantizeConfig(groups=0), QuantizeConfig(range="all")])

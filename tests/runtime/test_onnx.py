@@ -8,16 +8,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import shape_inference
+from onnx import numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from anncvt.errors import AnncvtError
 from anncvt.nn import AdderConv1d, AdderConv2d, AdderConv3d
 from anncvt.program import LayerPlan, Plan, Preprocess, Program, Record, Source
-from anncvt.runtime import onnx as anncvt_onnx
+from anncvt.runtime import onnx_file
 from anncvt.runtime.onnx import export, export_network, metadata, run, session
-from anncvt.runtime.onnx_body import DOMAIN
+from anncvt.runtime.onnx_body import DOMAIN, OPSETS
 
 SIZE = (3, 12, 10)
 
@@ -195,7 +195,9 @@ def test_adders_over_one_and_three_dimensions(tmp_path):
         assert_close(run(session(path), x.numpy()), network, x)
 
 
-@pytest.mark.parametrize("opset", [15, 17, 18, 20, 23])
+@pytest.mark.parametrize(
+    "opset", [opset if opset in (15, 18, 23) else pytest.param(opset, marks=pytest.mark.slow) for opset in OPSETS]
+)
 def test_opsets(opset, tmp_path):
     network = settled(Plain(), *SIZE)
     path = export(program_of(network), tmp_path / "model.onnx", opset=opset)
@@ -215,13 +217,32 @@ def test_network_without_adders_has_no_function(tmp_path):
 
 
 def test_large_weights_go_beside_the_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(anncvt_onnx, "MAX_EMBEDDED_BYTES", 100)
+    monkeypatch.setattr(onnx_file, "MAX_EMBEDDED_BYTES", 100)
     network = settled(Plain(), *SIZE)
     path = export(program_of(network), tmp_path / "model.onnx")
     (data,) = tmp_path.glob("model-*.data")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([path.name, data.name])
     x = inputs(2)
     assert_close(run(session(path), x.numpy()), network, x)
+
+
+def test_an_invalid_model_leaves_nothing_behind(tmp_path, monkeypatch):
+    def invalid(*args, **kwargs):
+        raise onnx.checker.ValidationError("no such thing")
+
+    monkeypatch.setattr(onnx_file, "MAX_EMBEDDED_BYTES", 100)
+    monkeypatch.setattr(onnx.checker, "check_model", invalid)
+    assert "no such thing" in refusal(export, program_of(settled(Plain(), *SIZE)), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_body_without_control_flow(student, tmp_path):
+    path = export(program_of(student), tmp_path / "model.onnx", body="one")
+    (function,) = onnx.load(path).functions
+    assert not {node.op_type for node in function.node} & {"Loop", "Scan", "If"}
+    for batch in (1, 3):
+        x = inputs(batch)
+        assert_close(run(session(path), x.numpy()), student, x)
 
 
 def refusal(call, *args, **kwargs):
@@ -302,6 +323,31 @@ def test_session_refuses_another_version_of_the_op(exported, tmp_path):
 def test_session_refuses_a_model_whose_definition_was_dropped(exported, tmp_path):
     path = changed(exported, tmp_path / "model.onnx", lambda model: model.functions.pop())
     assert "ai.anncvt::Adder2d" in refusal(session, path)
+
+
+def test_float16_weights_run_or_are_told(exported, student, tmp_path):
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    half = convert_float_to_float16(onnx.load(exported), keep_io_types=False)
+    onnx.save(half, tmp_path / "half.onnx")
+    x = inputs(2).numpy()
+    opened = session(tmp_path / "half.onnx")
+    assert "float16" in refusal(run, opened, x)
+    found = run(opened, x.astype(np.float16)).astype(np.float32)
+    with torch.no_grad():
+        wanted = student(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(found, wanted, atol=0.05 * np.abs(wanted).max())
+
+
+def test_session_refuses_weights_of_another_type_than_the_input(exported, tmp_path):
+    def mixed(model):
+        adder = next(node for node in model.graph.node if node.domain == DOMAIN)
+        weight = next(tensor for tensor in model.graph.initializer if tensor.name == adder.input[1])
+        half = numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float16), weight.name)
+        weight.CopyFrom(half)
+
+    message = refusal(session, changed(exported, tmp_path / "model.onnx", mixed))
+    assert "does not open it" in message and "\n" not in message
 
 
 def test_session_refuses_foreign_operators(exported, tmp_path):

@@ -232,3 +232,13 @@ def test_bad_arguments(change, message):
     }
     with pytest.raises(ValueError, match=message):
         op(*(arguments | change).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_the_sum_in_float32(dtype):
+    x, weight = torch.randn(2, 64, 6, 6), torch.randn(8, 64, 3, 3)
+    exact = torch.ops.anncvt.adder2d(x.to(dtype).float(), weight, [1, 1], [1, 1], [1, 1], 1)
+    with torch.autocast("cpu", dtype):
+        cast = torch.ops.anncvt.adder2d(x.to(dtype), weight, [1, 1], [1, 1], [1, 1], 1)
+    assert cast.dtype == torch.float32
+    torch.testing.assert_close(cast, exact)

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEATURE_LOSSES = ("kernel", "mse", "none")
+from anncvt.distillation.processes import Processes
+
 #: Pixels per layer that are compared. More of a batch says the same, and would cost more than the network itself.
-POSITIONS = 16384
+POSITIONS = 4096
 
 
 class FeatureLoss(nn.Module):
@@ -26,11 +27,13 @@ class FeatureLoss(nn.Module):
     Args:
         channels: output channels of every layer.
         kind: ``"kernel"``, or ``"mse"`` for the same comparison without the kernels.
+        processes: over whose images statistics are taken; None: over this one's.
     """
 
-    def __init__(self, channels: Sequence[int], kind: str = "kernel") -> None:
+    def __init__(self, channels: Sequence[int], kind: str = "kernel", processes: Processes | None = None) -> None:
         super().__init__()
         self.kind = kind
+        self._processes = processes or Processes()
         self.rho = nn.ParameterList(nn.Parameter(torch.eye(count)) for count in channels)
         self.log_sigma_adder = nn.Parameter(torch.zeros(len(channels)))
         self.log_sigma_conv = nn.Parameter(torch.zeros(len(channels)))
@@ -39,16 +42,23 @@ class FeatureLoss(nn.Module):
         """Raw outputs per layer, ``[N, C, *]`` each; the convolutions' get no gradient. Returns a scalar."""
         losses = []
         for at, (adder, convolution) in enumerate(zip(adders, convolutions, strict=True)):
-            every = max(1, adder[:, 0].numel() // POSITIONS)
-            g, h = _standardise(adder[::every]), _standardise(convolution[::every].detach())
+            every = max(1, self._processes.count * adder[:, 0].numel() // POSITIONS)
+            g = self._standardise(_rows(adder[::every]))
+            h = self._standardise(_rows(convolution[::every].detach()))
             if self.kind == "kernel":
-                g = torch.exp(g / (2 * torch.exp(2 * self.log_sigma_adder[at])))
-                h = torch.exp(h / (2 * torch.exp(2 * self.log_sigma_conv[at])))
-            mapped = torch.einsum("oc,nc...->no...", self.rho[at], g)
-            losses.append(F.mse_loss(_standardise(mapped), _standardise(h)))
+                g = torch.exp(g * (0.5 * torch.exp(-2 * self.log_sigma_adder[at])))
+                h = torch.exp(h * (0.5 * torch.exp(-2 * self.log_sigma_conv[at])))
+            losses.append(F.mse_loss(self._standardise(g @ self.rho[at].T), self._standardise(h)))
         return torch.stack(losses).mean()
 
+    def _standardise(self, x: Tensor) -> Tensor:
+        """Zero mean and unit variance per channel, of ``[rows, C]``."""
+        if self._processes.count == 1:
+            return F.batch_norm(x, None, None, training=True)
+        _, centred, variance = self._processes.moments(x)
+        return centred * torch.rsqrt(variance + 1e-5)
 
-def _standardise(x: Tensor) -> Tensor:
-    """Zero mean and unit variance per channel over batch and positions."""
-    return F.batch_norm(x, None, None, training=True)
+
+def _rows(x: Tensor) -> Tensor:
+    """``[N, C, *]`` as ``[rows, C]``, a row for each pixel: matrices are what is fastest, and free in channels_last."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])

@@ -1,0 +1,1 @@
+"""The parts of a PKKD run; :mod:`anncvt.pkkd` puts them together."""

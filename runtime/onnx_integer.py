@@ -1,0 +1,272 @@
+"""An integer network as an ONNX graph that computes the integers of :mod:`anncvt.runtime.integer`, bit for bit.
+
+Adders are ``ai.anncvt::AdderInteger2d``, everything else is in standard operators. Every tensor of the network is a
+value of the graph: ``NAME/integers`` what a step puts out, ``NAME/accumulator`` what its epilogue works on. What
+belongs to no step has a name that begins with a slash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+from onnx import TensorProto, helper, numpy_helper
+
+from anncvt.program import Preprocess, versions
+from anncvt.runtime.integer import Array, Epilogue, Step
+from anncvt.runtime.integer_network import INPUT, IntegerNetwork, verify
+from anncvt.runtime.onnx_body import DOMAIN, INTEGER_OP_TYPE, VERSION, adder_integer2d_function
+
+#: What torch's exporter writes, too; the oldest onnxruntime that is supported reads no newer one.
+IR_VERSION = 10
+BATCH = "batch"
+#: The sign of an int8 weight as an offset of a uint8 one: onnxruntime's products of uint8 and int8 may saturate.
+WEIGHT_ZERO = 128
+
+
+def integers_of(name: str) -> str:
+    """The value of the graph that holds a tensor of the network, ``[batch, C, H, W]`` uint8 (logits: int32)."""
+    return f"{name}/integers"
+
+
+def accumulator_of(name: str) -> str:
+    """The value of the graph that holds a step's accumulators, ``[batch, C, H, W]`` int32."""
+    return f"{name}/accumulator"
+
+
+def integer_model(
+    network: IntegerNetwork, preprocess: Preprocess, opset: int, body: str, image: str, logits: str
+) -> onnx_ir.Model:
+    """The network from ``image`` (float32 ``[batch, C, H, W]``, normalised) to ``logits`` (float32).
+
+    The image is turned back into the pixels it was made of, since pixels are what the network's table takes.
+
+    Raises:
+        AnncvtError: a sum of a layer may overflow.
+    """
+    verify(network)
+    graph = _Graph(opset)
+    _enter(graph, network, preprocess, image)
+    for step in network.steps:
+        inputs = [integers_of(name) for name in step.inputs]
+        if step.epilogue is None:
+            _REARRANGING[step.op](graph, step, inputs[0])
+            graph.shaped(integers_of(step.name), TensorProto.UINT8, step.shape)
+        else:
+            _ACCUMULATING[step.op](graph, network, step, inputs)
+            _finish(graph, step, step.epilogue)
+    last = network.steps[-1]
+    flat = graph.node("Flatten", [integers_of(last.name)], f"/{logits}/flat", axis=1)
+    graph.node("DequantizeLinear", [flat, graph.constant(f"/{logits}/scale", np.float32(last.grid.scale))], logits)
+    functions = [adder_integer2d_function(opset, body)] if any(s.op == "adder" for s in network.steps) else []
+    return onnx_ir.from_proto(graph.model(network, image, logits, functions))
+
+
+class _Graph:
+    """A graph while it grows."""
+
+    def __init__(self, opset: int) -> None:
+        self.opset = opset
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
+        self.shapes: list[onnx.ValueInfoProto] = []
+
+    def node(
+        self, op: str, inputs: Sequence[str], output: str, domain: str = "", name: str = "", **attributes: Any
+    ) -> str:
+        node = helper.make_node(op, inputs, [output], name=name or output, domain=domain, **attributes)
+        self.nodes.append(node)
+        return output
+
+    def constant(self, name: str, value: Any) -> str:
+        self.constants[name] = numpy_helper.from_array(np.asarray(value), name)
+        return name
+
+    def arithmetic(self, op: str, value: str, output: str, **constants: Any) -> str:
+        """An operation of int64 and constants."""
+        names = [self.constant(f"{output}/{name}", np.asarray(c, np.int64)) for name, c in constants.items()]
+        return self.node(op, [value, *names], output)
+
+    def shaped(self, value: str, element: int, shape: Sequence[int]) -> None:
+        """State the type of a value, for whoever infers none through the op."""
+        self.shapes.append(helper.make_tensor_value_info(value, element, [BATCH, *shape]))
+
+    def model(
+        self, network: IntegerNetwork, image: str, logits: str, functions: list[onnx.FunctionProto]
+    ) -> onnx.ModelProto:
+        classes = network.steps[-1].shape[0]
+        graph = helper.make_graph(
+            self.nodes,
+            "integers",
+            [helper.make_tensor_value_info(image, TensorProto.FLOAT, [BATCH, *network.input_shape])],
+            [helper.make_tensor_value_info(logits, TensorProto.FLOAT, [BATCH, classes])],
+            list(self.constants.values()),
+            value_info=self.shapes,
+        )
+        opsets = [helper.make_opsetid("", self.opset)]
+        if functions:
+            opsets.append(helper.make_opsetid(DOMAIN, VERSION))
+        return helper.make_model(
+            graph,
+            functions=functions,
+            opset_imports=opsets,
+            ir_version=IR_VERSION,
+            producer_name="anncvt",
+            producer_version=versions().get("anncvt", "unknown"),
+        )
+
+
+def _enter(graph: _Graph, network: IntegerNetwork, preprocess: Preprocess, image: str) -> None:
+    """Normalised floats -> the pixels they were -> the integers of the table."""
+    channels = network.input_shape[0]
+    per_channel = (channels, 1, 1)
+    std, mean = (
+        np.broadcast_to(np.asarray(values, np.float32), channels).reshape(per_channel)
+        for values in (preprocess.std, preprocess.mean)
+    )
+    spread = graph.node("Mul", [image, graph.constant("/pixels/std", std)], "/pixels/spread")
+    unit = graph.node("Add", [spread, graph.constant("/pixels/mean", mean)], "/pixels/unit")
+    scale, zero = graph.constant("/pixels/scale", np.float32(1 / 255)), graph.constant("/pixels/zero", np.uint8(0))
+    pixels = graph.node("QuantizeLinear", [unit, scale, zero], "/pixels")
+    rows = np.arange(0, 256 * channels, 256, dtype=np.int32).reshape(per_channel)
+    offsets = graph.node("Cast", [pixels], "/pixels/offsets", to=TensorProto.INT32)
+    places = graph.node("Add", [offsets, graph.constant("/pixels/rows", rows)], "/pixels/places")
+    table = graph.constant("/pixels/table", network.table.reshape(-1))
+    graph.node("Gather", [table, places], integers_of(INPUT), axis=0)
+    graph.shaped(integers_of(INPUT), TensorProto.UINT8, network.input_shape)
+
+
+def _adder(graph: _Graph, network: IntegerNetwork, step: Step, inputs: Sequence[str]) -> None:
+    assert step.weight is not None and step.filter_group is not None
+    groups = [at for at in range(len(inputs)) if (step.filter_group == at).any()]
+    parts = []
+    for count, at in enumerate(groups, 1):
+        name = step.name if count == 1 else f"{step.name}:{count}"
+        weight = graph.constant(f"{name}/weight", step.weight[step.filter_group == at])
+        output = accumulator_of(step.name) if len(groups) == 1 else f"{name}/sums"
+        attributes = {**_window(step), "pad_value": step.pad_values[at]}
+        parts.append(graph.node(INTEGER_OP_TYPE, [inputs[at], weight], output, DOMAIN, name, **attributes))
+    if len(parts) > 1:
+        joined = graph.node("Concat", parts, f"{step.name}/joined", axis=1)
+        order = np.argsort(np.concatenate([np.flatnonzero(step.filter_group == at) for at in groups]))
+        places = graph.constant(f"{step.name}/order", order.astype(np.int64))
+        graph.node("Gather", [joined, places], accumulator_of(step.name), axis=1)
+
+
+def _convolution(graph: _Graph, network: IntegerNetwork, step: Step, inputs: Sequence[str]) -> None:
+    assert step.weight is not None
+    weight = (step.weight.astype(np.int16) + WEIGHT_ZERO).astype(np.uint8)
+    operands = [
+        *inputs,
+        graph.constant(f"{step.name}/weight", weight),
+        graph.constant(f"{step.name}/zero", np.uint8(step.pad_values[0])),
+        graph.constant(f"{step.name}/weight_zero", np.uint8(WEIGHT_ZERO)),
+    ]
+    graph.node("ConvInteger", operands, accumulator_of(step.name), name=step.name, **_window(step))
+
+
+def _sum_pool(graph: _Graph, network: IntegerNetwork, step: Step, inputs: Sequence[str]) -> None:
+    """A convolution with ones, whose padding adds nothing; here it counts as the zero point, like every pixel."""
+    channels, zero = step.shape[0], step.pad_values[0]
+    operands = [
+        *inputs,
+        graph.constant(f"{step.name}/ones", np.ones((channels, 1, *step.kernel), np.uint8)),
+        graph.constant(f"{step.name}/zero", np.uint8(zero)),
+    ]
+    window = {**_window(step), "group": channels}
+    centred = graph.node("ConvInteger", operands, f"{step.name}/centred", name=step.name, **window)
+    back = graph.constant(f"{step.name}/back", np.int32(zero * step.kernel[0] * step.kernel[1]))
+    graph.node("Add", [centred, back], accumulator_of(step.name))
+
+
+def _rescale(graph: _Graph, network: IntegerNetwork, step: Step, inputs: Sequence[str]) -> None:
+    graph.node("Cast", inputs, accumulator_of(step.name), to=TensorProto.INT32)
+
+
+def _finish(graph: _Graph, step: Step, epilogue: Epilogue) -> None:
+    """Requantise in int64, see :class:`anncvt.runtime.integer.Epilogue`.
+
+    ONNX shifts no signed integers, and its division drops fractions toward zero. So the sum is clamped before the
+    shift and counted from the lower clamp, which leaves numbers that division floors.
+    """
+    name, half = step.name, 1 << (epilogue.shift - 1)
+    graph.shaped(accumulator_of(name), TensorProto.INT32, step.shape)
+
+    total = graph.node("Cast", [accumulator_of(name)], f"{name}/wide", to=TensorProto.INT64)
+    total = graph.arithmetic("Mul", total, f"{name}/scaled", multiplier=_column(epilogue.multiplier))
+    total = graph.arithmetic("Add", total, f"{name}/shifted", bias=_column(epilogue.bias + half))
+    if step.residual is not None:
+        residual = graph.node("Cast", [integers_of(step.residual)], f"{name}/residual", to=TensorProto.INT64)
+        residual = graph.arithmetic("Mul", residual, f"{name}/share", multiplier=epilogue.residual_multiplier)
+        total = graph.node("Add", [total, residual], f"{name}/total")
+    least, unit = epilogue.low << epilogue.shift, 1 << epilogue.shift
+    most = (epilogue.high << epilogue.shift) + unit - 1
+    total = graph.arithmetic("Clip", total, f"{name}/clamped", low=least, high=most)
+    if least:
+        total = graph.arithmetic("Sub", total, f"{name}/counted", least=least)
+    total = graph.arithmetic("Div", total, f"{name}/divided", unit=unit)
+    if least:
+        total = graph.arithmetic("Add", total, f"{name}/placed", low=epilogue.low)
+    element = TensorProto.UINT8 if epilogue.low >= 0 and epilogue.high <= 255 else TensorProto.INT32
+    graph.node("Cast", [total], integers_of(name), to=element)
+    graph.shaped(integers_of(name), element, step.shape)
+
+
+def _column(values: Array) -> Array:
+    """Per channel."""
+    return values.astype(np.int64).reshape(-1, 1, 1)
+
+
+def _max_pool(graph: _Graph, step: Step, x: str) -> None:
+    window = _window(step)
+    del window["group"]
+    graph.node("MaxPool", [x], integers_of(step.name), name=step.name, kernel_shape=step.kernel, **window)
+
+
+def _slice(graph: _Graph, step: Step, x: str) -> None:
+    rows = {"starts": (0, 0), "ends": (2**31, 2**31), "axes": (2, 3), "steps": step.window.stride}
+    operands = [graph.constant(f"{step.name}/{part}", np.array(row, np.int64)) for part, row in rows.items()]
+    graph.node("Slice", [x, *operands], integers_of(step.name), name=step.name)
+
+
+def _pad(graph: _Graph, step: Step, x: str) -> None:
+    top, left, bottom, right = step.window.padding
+    before, behind = step.channels
+    pads = np.array([0, before, top, left, 0, behind, bottom, right], np.int64)
+    operands = [
+        graph.constant(f"{step.name}/pads", pads),
+        graph.constant(f"{step.name}/zero", np.uint8(step.pad_values[0])),
+    ]
+    graph.node("Pad", [x, *operands], integers_of(step.name), name=step.name)
+
+
+def _flatten(graph: _Graph, step: Step, x: str) -> None:
+    shape = graph.constant(f"{step.name}/shape", np.array([0, *step.shape], np.int64))
+    graph.node("Reshape", [x, shape], integers_of(step.name), name=step.name)
+
+
+def _window(step: Step) -> dict[str, Any]:
+    window = step.window
+    return {
+        "strides": window.stride,
+        "pads": window.padding,
+        "dilations": window.dilation,
+        "group": window.groups,
+    }
+
+
+_ACCUMULATING: dict[str, Callable[[_Graph, IntegerNetwork, Step, Sequence[str]], None]] = {
+    "adder": _adder,
+    "convolution": _convolution,
+    "sum_pool": _sum_pool,
+    "rescale": _rescale,
+}
+_REARRANGING: dict[str, Callable[[_Graph, Step, str], None]] = {
+    "max_pool": _max_pool,
+    "slice": _slice,
+    "pad": _pad,
+    "flatten": _flatten,
+}

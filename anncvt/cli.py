@@ -222,8 +222,6 @@ def export(
 
     with working() as progress:
         if form == "onnx":
-            if int8 and fuse:
-                raise click.UsageError("--fuse is for floats: integers come with their requantisation.")
             path = api.export(folder, output, integers=int8, opset=opset, body=body, fuse=fuse, progress=progress)
             answer(_file(path), f"wrote {path}")
         else:

@@ -93,6 +93,13 @@ class TestChain:
         stages = [row["stage"] for row in reported["history"] if row["stage"] not in ("data", "evaluated")]
         assert stages == ["loaded", "planned", "rewritten", "calibrated", "distilled"]
 
+    def test_a_library_for_onnxruntime(self, converted):
+        answered("export", converted, "--fuse")
+        path = answered("compile", converted, "--for", "onnxruntime", "--target", "cpu")["path"]
+        assert path == str(converted / "libanncvt_ort.so")
+        checked = answered("check", converted, "--limit", 4)
+        assert checked["ok"] is True and set(checked["backends"]) == {"onnxruntime"}
+
     def test_people_see_tables(self, converted, picture):
         assert "teacher (CNN)" in anncvt("evaluate", converted, "--limit", 20).stdout
         assert "layer3.conv2" in anncvt("plan", converted).stdout
@@ -273,6 +280,13 @@ class TestBadInput:
     @pytest.mark.parametrize("verb", ["distill", "export", "compile", "check", "bench", "report"])
     def test_not_a_folder(self, tmp_path, verb):
         assert "nothing.ann" in self.refused(tmp_path, verb, tmp_path / "nothing.ann")
+
+    def test_nothing_to_build_a_library_for(self, converted):
+        assert "anncvt export" in self.refused(converted.parent, "compile", converted, "--for", "onnxruntime")
+        for flag in (["--int8"], ["--batch", 8]):
+            message = self.refused(converted.parent, "compile", converted, "--for", "onnxruntime", *flag, code=2)
+            assert "are for TVM" in message
+        assert "not fused" in self.refused(converted.parent, "export", converted, "--int8", "--fuse")
 
     def test_nothing_to_check(self, converted):
         assert "anncvt export" in self.refused(converted.parent, "check", converted, "--limit", 4)

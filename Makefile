@@ -14,7 +14,7 @@ demo: $(VENV)/.all  ## convert, distil, export, compile and check the bundled di
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev  ## the fast tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 ONNX, LIBRARY, HARDWARE, REPORT = "model.onnx", "model.so", "hardware", "report.html"
+INTEGER_LIBRARY = "model.int8.so"
 #: Images that ``check`` compares the backends on.
 CHECK_IMAGES = 1000
 #: And the executions of its integers, of which some are slow.
@@ -354,17 +355,38 @@ def export_hardware(
 
 
 def compile(
-    program: Program | str | Path, path: str | Path | None = None, *, target: str = "cpu", progress: Progress = SILENT
+    program: Program | str | Path,
+    path: str | Path | None = None,
+    *,
+    target: str = "cpu",
+    batch: int | Sequence[int] = 1,
+    integers: bool = False,
+    progress: Progress = SILENT,
 ) -> Path:
     """Compile the adder network with TVM, to ``model.so`` in its folder unless ``path`` says else.
 
+    Args:
+        target, batch: see :func:`anncvt.runtime.tvm.compile`.
+        integers: compile the integer network instead, to ``model.int8.so``.
+
     Raises:
-        AnncvtError: nothing converted yet, TVM missing, an operator without a kernel, or ``path`` cannot be written.
+        AnncvtError: nothing converted (or quantized) yet, TVM missing, an operator without a kernel, or ``path`` cannot
+            be written.
     """
-    from anncvt.runtime import tvm
+    from anncvt.runtime import integer_network, tvm
 
     program = _opened(program, progress)
-    return tvm.compile(program, _beside(program, path, LIBRARY), target=target, progress=progress)
+    if not integers:
+        return tvm.compile(program, _beside(program, path, LIBRARY), target=target, batch=batch, progress=progress)
+    return tvm.compile_integers(
+        integer_network.load(program.folder or ""),
+        program.preprocess,
+        _beside(program, path, INTEGER_LIBRARY),
+        target=target,
+        batch=batch,
+        about=tvm.about(program),
+        progress=progress,
+    )
 
 
 def check(
@@ -400,13 +422,18 @@ def check(
 
 
 def check_integers(
-    program: Program | str | Path, data: DataChoice | str | None = None, *, progress: Progress = SILENT
+    program: Program | str | Path,
+    data: DataChoice | str | None = None,
+    *,
+    so_path: str | Path | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Compare all executions of the folder's integer network bit for bit, layer by layer.
 
     Args:
         data: the images to compare on, at most 2 unless it has a limit; default: the test images of the conversion,
             else noise.
+        so_path: the compiled network; default: ``model.int8.so`` in the program's folder, if it is there.
 
     Returns:
         See :func:`anncvt.runtime.check_integers.check`, and "data".
@@ -415,13 +442,15 @@ def check_integers(
         AnncvtError: not quantized yet, or the data cannot be read.
     """
     from anncvt.runtime import integer_network
+    from anncvt.runtime.check import exported_file
     from anncvt.runtime.check_integers import check as compare
 
     program = _opened(program, progress)
     network = integer_network.load(program.folder or "")
     choice = chosen(program, _choice(data), "synthetic")
     images = choice.open("test", program.preprocess, at_most=INTEGER_IMAGES, labelled=False, progress=progress)
-    return {**compare(network, images.pixels.numpy(), progress=progress), "data": images.name}
+    library = so_path or exported_file(program, INTEGER_LIBRARY)
+    return {**compare(network, images.pixels.numpy(), library, progress=progress), "data": images.name}
 
 
 def run(
@@ -429,6 +458,7 @@ def run(
     inputs: str | Path | Sequence[str | Path],
     *,
     backend: str = "torch",
+    integers: bool = False,
     top: int = 5,
     progress: Progress = SILENT,
 ) -> list[dict[str, Any]]:
@@ -436,6 +466,7 @@ def run(
 
     Args:
         backend: "torch", "onnxruntime" (what ``export`` wrote) or "tvm" (what ``compile`` wrote).
+        integers: run the integer network, on "torch" or "tvm".
 
     Raises:
         AnncvtError: a picture cannot be read, or the backend has nothing to run.
@@ -445,9 +476,9 @@ def run(
 
     program = _opened(program, progress)
     pictures = [inputs] if isinstance(inputs, str | Path) else list(inputs)
-    name = {"onnxruntime": ONNX, "tvm": LIBRARY}.get(backend)
+    name = {"onnxruntime": ONNX, "tvm": INTEGER_LIBRARY if integers else LIBRARY}.get(backend)
     path = None if name is None else exported_file(program, name)
-    return predict(program, pictures, backend=backend, path=path, top=top, progress=progress)
+    return predict(program, pictures, backend=backend, path=path, integers=integers, top=top, progress=progress)
 
 
 def bench(
@@ -457,12 +488,14 @@ def bench(
     threads: int | None = None,
     repeats: int = 50,
     seconds: float = 60,
+    teacher_in_tvm: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Time the adder network against its CNN on every backend, see :func:`anncvt.runtime.bench.bench`.
 
     Returns:
-        ``{"rows": [{"network", "backend", "dtype", "batch", "threads", "p50_ms", "p90_ms", ...}], "missing"}``.
+        ``{"rows": [{"network", "backend", "dtype", "batch", "threads", "p50_ms", "p90_ms", ...}], "missing",
+        "settings"}``.
 
     Raises:
         AnncvtError: nothing converted yet, or a file in the folder cannot be run.
@@ -471,7 +504,15 @@ def bench(
     from anncvt.runtime.bench import bench as bench_backends
 
     program = _opened(program, progress)
-    result = bench_backends(program, batch=batch, threads=threads, repeats=repeats, seconds=seconds, progress=progress)
+    result = bench_backends(
+        program,
+        batch=batch,
+        threads=threads,
+        repeats=repeats,
+        seconds=seconds,
+        teacher_in_tvm=teacher_in_tvm,
+        progress=progress,
+    )
     keep_bench(program, result)
     return result
 

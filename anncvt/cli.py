@@ -204,16 +204,20 @@ def export(folder: str, output: str | None, opset: int, form: str, golden: int, 
 @click.argument("folder", type=click.Path())
 @click.option("-o", "--output", type=click.Path(), help="The file to write.  [default: FOLDER/model.so]")
 @click.option("--target", default="cpu", show_default=True, help="cpu (this machine), avx2, avx512, or an LLVM target.")
+@click.option(
+    "--batch", "batches", type=click.IntRange(1), multiple=True, help="Make it fast for such batches, too (repeatable)."
+)
+@click.option("--int8", is_flag=True, help="Compile the integer network, to FOLDER/model.int8.so.")
 @options.common
-def compile_(folder: str, output: str | None, target: str) -> None:
+def compile_(folder: str, output: str | None, target: str, batches: tuple[int, ...], int8: bool) -> None:
     """Compile an adder network with TVM.
 
-    The result is a shared library that runs without torch.
+    The result is a shared library that runs without torch, on any number of images at once.
     """
     from anncvt import api
 
     with working() as progress:
-        path = api.compile(folder, output, target=target, progress=progress)
+        path = api.compile(folder, output, target=target, batch=batches, integers=int8, progress=progress)
     answer(_file(path), f"wrote {path}")
 
 
@@ -222,7 +226,7 @@ def compile_(folder: str, output: str | None, target: str) -> None:
 @click.option("--data", metavar="DATA", help="Images to compare on.  [default: test images of the conversion]")
 @options.reading
 @click.option("--onnx", "onnx_path", type=click.Path(), help="[default: FOLDER/model.onnx]")
-@click.option("--so", "so_path", type=click.Path(), help="[default: FOLDER/model.so]")
+@click.option("--so", "so_path", type=click.Path(), help="[default: FOLDER/model.so, --int8: FOLDER/model.int8.so]")
 @click.option("--int8", is_flag=True, help="Compare the executions of the integer network, bit for bit.")
 @click.option("--layers", is_flag=True, help="--int8: list every layer.")
 @options.threads
@@ -238,7 +242,7 @@ def check(folder: str, onnx_path: str | None, so_path: str | None, int8: bool, l
         from anncvt.runtime.check_integers import require_equal
 
         with working() as progress:
-            result = api.check_integers(folder, _data(rest), progress=progress)
+            result = api.check_integers(folder, _data(rest), so_path=so_path, progress=progress)
         answer(result, report.equality(result, layers=layers))
         require_equal(result)
         return
@@ -256,15 +260,16 @@ def check(folder: str, onnx_path: str | None, so_path: str | None, int8: bool, l
 @click.option(
     "--backend", type=click.Choice(["torch", "onnxruntime", "tvm"]), default="torch", show_default=True, help="Runs it."
 )
+@click.option("--int8", is_flag=True, help="Run the integer network, on torch or TVM.")
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="So many classes.")
 @options.threads
 @options.common
-def run(folder: str, inputs: tuple[str, ...], backend: str, top: int) -> None:
+def run(folder: str, inputs: tuple[str, ...], backend: str, int8: bool, top: int) -> None:
     """Classify pictures."""
     from anncvt import api, report
 
     with working() as progress:
-        found = api.run(folder, inputs, backend=backend, top=top, progress=progress)
+        found = api.run(folder, inputs, backend=backend, integers=int8, top=top, progress=progress)
     answer({"backend": backend, "images": found}, report.predictions(found))
 
 
@@ -273,14 +278,21 @@ def run(folder: str, inputs: tuple[str, ...], backend: str, top: int) -> None:
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images a call.")
 @click.option("--repeats", type=click.IntRange(1), default=50, show_default=True, help="Timed calls of each network.")
 @click.option("--budget", type=options.Duration(), default="1m", show_default=True, help="Time for all calls together.")
+@click.option("--teacher-tvm", "teacher_in_tvm", is_flag=True, help="Compile the CNN with TVM and time that, too.")
 @options.threads
 @options.common
-def bench(folder: str, batch: int, repeats: int, budget: float) -> None:
-    """Time an adder network against its CNN."""
+def bench(folder: str, batch: int, repeats: int, budget: float, teacher_in_tvm: bool) -> None:
+    """Time an adder network against its CNN.
+
+    In torch, onnxruntime and TVM, in floats and (of what `compile --int8` wrote, and of the CNN quantized by
+    onnxruntime) in integers.
+    """
     from anncvt import api, report
 
     with working() as progress:
-        result = api.bench(folder, batch=batch, repeats=repeats, seconds=budget, progress=progress)
+        result = api.bench(
+            folder, batch=batch, repeats=repeats, seconds=budget, teacher_in_tvm=teacher_in_tvm, progress=progress
+        )
     answer(result, report.latency(result))
 
 

@@ -119,8 +119,8 @@ def decode(picture: Picture, size: tuple[int, ...], where: str) -> np.ndarray:
     return array[None] if channels == 1 else array.transpose(2, 0, 1)
 
 
-def read_image(path: str | Path, preprocess: Preprocess) -> Tensor:
-    """A picture file as the network's input, ``[1, C, H, W]`` float32.
+def read_pixels(path: str | Path, preprocess: Preprocess) -> Tensor:
+    """A picture file at the network's input size, ``[1, C, H, W]`` uint8.
 
     Raises:
         AnncvtError: no such file, or it is no picture.
@@ -129,7 +129,12 @@ def read_image(path: str | Path, preprocess: Preprocess) -> Tensor:
     if not path.is_file():
         raise AnncvtError("no such picture", where=str(path), fix="give the path of a JPEG, PNG or similar file")
     pixels = decode(path, preprocess.input_size, str(path))
-    return normalise(torch.from_numpy(pixels.copy())[None], preprocess)
+    return torch.from_numpy(pixels.copy())[None]
+
+
+def read_image(path: str | Path, preprocess: Preprocess) -> Tensor:
+    """:func:`read_pixels`, normalised: ``[1, C, H, W]`` float32."""
+    return normalise(read_pixels(path, preprocess), preprocess)
 
 
 def picture_size(picture: Picture) -> tuple[int, int, int] | None:

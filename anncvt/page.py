@@ -197,7 +197,7 @@ def _latency(facts: dict[str, Any]) -> str:
     drawn = [
         Bar(
             f"{ROLES[row['network']]}, {row['backend']}, {row['dtype']}",
-            ((row["p50_ms"], CLASSES[row["network"]]),),
+            ((row["p50_ms"], "integer" if row["dtype"] == "int8" else CLASSES[row["network"]]),),
             shown,
         )
         for row in sorted(found["rows"], key=lambda row: row["p50_ms"])

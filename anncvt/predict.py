@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from anncvt.data import read_image
 from anncvt.errors import AnncvtError
+from anncvt.images import normalise, read_pixels
 from anncvt.program import Program
 from anncvt.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from anncvt.runtime.tvm import Model
 
 BACKENDS = ("torch", "onnxruntime", "tvm")
 
@@ -23,6 +26,7 @@ def predict(
     *,
     backend: str = "torch",
     path: Path | None = None,
+    integers: bool = False,
     top: int = 5,
     progress: Progress = SILENT,
 ) -> list[dict[str, Any]]:
@@ -31,22 +35,47 @@ def predict(
     Args:
         backend: one of :data:`BACKENDS`.
         path: the exported or compiled network, for the backends that run one.
+        integers: run the integer network, which torch and TVM do.
         top: how many classes.
 
     Raises:
         AnncvtError: a picture cannot be read, or the network makes no class scores.
     """
-    network = _runner(program, backend, path)
+    network = _integers(program, backend, path) if integers else _floats(program, backend, path)
     found = []
     with progress.task("running", len(pictures)) as task:
         for picture in pictures:
-            scores = network(read_image(picture, program.preprocess).numpy())
+            scores = network(read_pixels(picture, program.preprocess))
             found.append({"input": str(picture), "top": _best(scores, program.classes, top)})
             task.advance()
     return found
 
 
-def _runner(program: Program, backend: str, path: Path | None) -> Callable[[np.ndarray], np.ndarray]:
+#: Pixels ``[1, C, H, W]`` uint8 -> scores.
+Runner = Callable[[torch.Tensor], np.ndarray]
+
+
+def _floats(program: Program, backend: str, path: Path | None) -> Runner:
+    network = _network(program, backend, path)
+    return lambda pixels: network(normalise(pixels, program.preprocess).numpy())
+
+
+def _integers(program: Program, backend: str, path: Path | None) -> Runner:
+    if backend == "torch":
+        from anncvt.runtime import integer_network, integer_torch
+
+        network = integer_network.load(program.folder or "")
+        scale = network.steps[-1].grid.scale
+        return lambda pixels: integer_torch.run(network, pixels).numpy() * scale
+    if backend != "tvm":
+        raise AnncvtError(f"{backend} runs no integer network", fix="`--backend tvm` and `--backend torch` do")
+    compiled = _loaded(path, program, "compile DIR --int8")
+    return lambda pixels: compiled(pixels) * compiled.manifest["output"]["scale"]
+
+
+def _network(program: Program, backend: str, path: Path | None) -> Callable[[np.ndarray], np.ndarray]:
+    if backend not in BACKENDS:
+        raise AnncvtError(f"no such backend: {backend!r}", fix=f"choose one of {', '.join(BACKENDS)}")
     if backend == "torch":
         student = program.student
         if student is None:
@@ -57,21 +86,27 @@ def _runner(program: Program, backend: str, path: Path | None) -> Callable[[np.n
                 return student.eval()(torch.from_numpy(image)).numpy()
 
         return run
-    if path is None:
-        command = {"onnxruntime": "export", "tvm": "compile"}.get(backend)
-        if command is None:
-            raise AnncvtError(f"no such backend: {backend!r}", fix=f"choose one of {', '.join(BACKENDS)}")
-        raise AnncvtError(
-            f"there is nothing to run on {backend} yet", where=program.folder, fix=f"`anncvt {command} DIR` first"
-        )
     if backend == "onnxruntime":
         from anncvt.runtime import onnx
 
-        session = onnx.session(path)
+        session = onnx.session(_made(path, backend, program, "export DIR"))
         return lambda image: onnx.run(session, image)
+    return _loaded(path, program, "compile DIR")
+
+
+def _loaded(path: Path | None, program: Program, command: str) -> Model:
     from anncvt.runtime import tvm
 
-    return tvm.load(path)
+    return tvm.load(_made(path, "tvm", program, command))
+
+
+def _made(path: Path | None, backend: str, program: Program, command: str) -> Path:
+    """``path``, which ``command`` writes."""
+    if path is None:
+        raise AnncvtError(
+            f"there is nothing to run on {backend} yet", where=program.folder, fix=f"`anncvt {command}` first"
+        )
+    return path
 
 
 def _best(scores: np.ndarray, classes: Sequence[str] | None, top: int) -> list[dict[str, Any]]:

@@ -109,14 +109,18 @@ def equality(result: dict[str, Any], *, layers: bool = False) -> RenderableType:
     if layers:
         table = _table("layer", **dict.fromkeys(backends, False))
         for name in result["layers"]:
-            table.add_row(escape(name), *(_equal(name not in row["different"]) for row in backends.values()))
+            table.add_row(escape(name), *(_verdict(name, row) for row in backends.values()))
     else:
         table = _table("execution", layers="layers equal")
         for name, row in backends.items():
-            count = len(result["layers"])
+            count = len(row["compared"])
             table.add_row(name, f"{count - len(row['different'])} of {count}")
     verdict = f"{_equal(result['ok'])} to the {result['reference']} reference, bit for bit"
     return Group(table, f"{verdict}, on {result['images']} images of {escape(result['data'])}{_missing(result)}")
+
+
+def _verdict(layer: str, row: dict[str, Any]) -> str:
+    return _equal(layer not in row["different"]) if layer in row["compared"] else ""
 
 
 def _equal(same: bool) -> str:
@@ -125,18 +129,26 @@ def _equal(same: bool) -> str:
 
 def latency(result: dict[str, Any]) -> RenderableType:
     """What :func:`anncvt.bench` returns, the fastest first."""
-    table = _table("network", backend=False, dtype=False, p50="median ms", p90="90% ms", ratio="of CNN in onnxruntime")
+    columns = {"p50": "median ms", "p90": "90% ms", "p99": "99% ms", "rate": "images/s", "memory": "MB"}
+    ratios = {"ratio": "of CNN in onnxruntime", "integers": "of its int8 CNN"}
+    table = _table("network", backend=False, dtype=False, **columns, **ratios)
     for row in sorted(result["rows"], key=lambda row: row["p50_ms"]):
         table.add_row(
             ROLES[row["network"]],
             row["backend"],
             row["dtype"],
-            f"{row['p50_ms']:.3f}",
-            f"{row['p90_ms']:.3f}",
-            f"{row['ratio']:.2f}x",
+            *(f"{row[name]:.3f}" for name in ("p50_ms", "p90_ms", "p99_ms")),
+            f"{row['images_per_second']:.1f}",
+            _known(row["memory_mb"], "{:.0f}"),
+            _known(row["ratio"], "{:.2f}x"),
+            _known(row["ratio_int8"], "{:.2f}x"),
         )
     first = result["rows"][0]
     return Group(table, f"batch {first['batch']}, threads {first['threads']}{_missing(result)}")
+
+
+def _known(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
 
 
 def predictions(found: Sequence[dict[str, Any]]) -> RenderableType:

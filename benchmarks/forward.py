@@ -19,6 +19,8 @@ from shapes import RESNET50, Layer
 from timing import interleaved
 from torch import Tensor
 
+from anncvt import zoo
+from anncvt.errors import AnncvtError
 from anncvt.runtime.geometry import Padding
 from anncvt.runtime.kernels import cache, inference
 from anncvt.runtime.kernels import layer as kernel_layer
@@ -130,8 +132,9 @@ def _peers() -> dict[str, Callable[[Tensor, Tensor, int, int], Tensor]]:
     """Other implementations of the adder layer: as AdderNet's code does it, with cdist, and pylocron's if installed."""
     found: dict[str, Callable[[Tensor, Tensor, int, int], Tensor]] = {"cdist": _cdist, "broadcast": _broadcast}
     try:
+        zoo.import_torchvision()  # pylocron imports it, too
         functional = importlib.import_module("holocron.nn.functional")
-    except ImportError as error:
+    except (ImportError, AnncvtError) as error:
         print(f"pylocron is left out: {error}")
     else:
         found["pylocron"] = lambda x, w, stride, padding: functional.add2d(x, w, None, stride, padding)

@@ -1,27 +1,26 @@
-"""Latency of the adder network against the CNN it came from, in every runtime at hand."""
+"""Latency, throughput and memory of the adder network against the CNN it came from, in every runtime at hand."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from anncvt.errors import AnncvtError
-from anncvt.program import Program
+from anncvt.program import Program, versions
 from anncvt.progress import SILENT, Progress
-from anncvt.runtime.check import exported_file
-
-if TYPE_CHECKING:
-    from torch import nn
+from anncvt.runtime.contestants import Call, Contestant, Contestants, reduced_range
+from anncvt.runtime.resident import peak_of
 
 #: Timed calls of one network in a row, after an untimed one that brings its weights back into the cache.
 BURST = 3
+#: What times are compared with, at either precision.
+BASE = {dtype: ("teacher", "onnxruntime", dtype) for dtype in ("float32", "int8")}
 
 
 def bench(
@@ -33,9 +32,11 @@ def bench(
     seconds: float = 60,
     onnx_path: str | Path | None = None,
     so_path: str | Path | None = None,
+    integer_path: str | Path | None = None,
+    teacher_in_tvm: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Time student and teacher on random images, float32 on the CPU.
+    """Time student and teacher on random images on the CPU.
 
     The contestants take turns in short bursts, so that whatever else the machine does meets all of them alike.
 
@@ -45,13 +46,17 @@ def bench(
         threads: of one call, in every runtime. None: torch's own setting.
         repeats: timed calls of each contestant.
         seconds: stop after this much time even with fewer repeats; every contestant gets at least one burst.
-        onnx_path, so_path: the student's files. None: those of the program's folder; without a ``model.onnx`` one is
-            exported for the occasion, without a ``model.so`` TVM is left out.
+        onnx_path, so_path, integer_path: the student's files. None: those of the program's folder; without a
+            ``model.onnx`` one is exported for the occasion, what was not compiled is left out.
+        teacher_in_tvm: compile the CNN for the occasion and time it in TVM, too.
 
     Returns:
-        ``{"rows": [...], "missing": {backend: reason}}``, a row being ``{"network": "student" | "teacher", "backend":
-        "torch" | "onnxruntime" | "tvm", "dtype", "batch", "threads", "runs", "p50_ms", "p90_ms", "ratio"}``: median and
-        90th percentile of one call in milliseconds, and the median over that of the teacher in onnxruntime.
+        ``{"rows": [...], "missing": {backend: reason}, "settings": {...}}``, a row being ``{"network": "student" |
+        "teacher", "backend": "torch" | "onnxruntime" | "tvm", "dtype": "float32" | "int8", "batch", "threads", "runs",
+        "p50_ms", "p90_ms", "p99_ms", "images_per_second", "memory_mb", "ratio", "ratio_int8"}``: percentiles of one
+        call, images per second at the median, by how much loading it and a first call raised the process's memory at
+        the peak (None where the system does not tell), and the median over that of the teacher in onnxruntime, in
+        floats and in integers (None where that is missing). "settings" says how it was measured.
 
     Raises:
         AnncvtError: there is no student, a number is not positive, or a file cannot be opened.
@@ -64,105 +69,104 @@ def bench(
     for name, value in (("batch", batch), ("threads", threads), ("repeats", repeats), ("seconds", seconds)):
         if not value > 0:
             raise AnncvtError(f"{name} is {value}", fix=f"give --{name} a positive number")
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, *program.preprocess.input_size, generator=generator).numpy()
     with _torch_threads(threads), tempfile.TemporaryDirectory(prefix="anncvt-") as scratch:
-        contestants, missing = _contestants(program, threads, onnx_path, so_path, Path(scratch), progress)
-        _race(contestants, images, repeats, seconds, progress)
-    base = next(c for c in contestants if (c.network, c.backend) == ("teacher", "onnxruntime"))
-    rows = [contestant.row(batch, threads, base.median()) for contestant in contestants]
-    return {"rows": rows, "missing": missing}
+        contestants = Contestants(
+            program,
+            threads,
+            Path(scratch),
+            onnx_path=onnx_path,
+            so_path=so_path,
+            integer_path=integer_path,
+            teacher_in_tvm=teacher_in_tvm,
+            progress=progress,
+        )
+        race = _Race((batch, *program.preprocess.input_size), list(contestants))
+        race.run(repeats, seconds, progress)
+    settings = {
+        "batch": batch,
+        "threads": threads,
+        "calls": f"{BURST} in a row after one that is not timed, the networks by turns",
+        "clock": "wall",
+        "int8_teacher": f"quantize_static, per_channel=True, reduce_range={reduced_range()}, ranges of noise",
+        "versions": versions(),
+    }
+    return {"rows": race.rows(batch, threads), "missing": contestants.missing, "settings": settings}
 
 
-@dataclass
-class _Contestant:
-    network: str
-    backend: str
-    call: Callable[[np.ndarray], np.ndarray]
-    times: list[float] = field(default_factory=list)  # seconds
+class _Race:
+    """Contestants that take turns.
 
-    def median(self) -> float:
-        return float(np.median(self.times))
+    Args:
+        shape: of the images, ``[N, C, H, W]``.
+        contestants: all of them.
+    """
 
-    def row(self, batch: int, threads: int, base: float) -> dict[str, Any]:
-        return {
-            "network": self.network,
-            "backend": self.backend,
-            "dtype": "float32",
-            "batch": batch,
-            "threads": threads,
-            "runs": len(self.times),
-            "p50_ms": round(1e3 * self.median(), 4),
-            "p90_ms": round(1e3 * float(np.percentile(self.times, 90)), 4),
-            "ratio": round(self.median() / base, 3),
-        }
+    def __init__(self, shape: tuple[int, ...], contestants: list[Contestant]) -> None:
+        random = np.random.default_rng(0)
+        self._images = random.standard_normal(shape).astype(np.float32)
+        self._pixels = random.integers(0, 256, shape).astype(np.uint8)
+        self._contestants = contestants
 
+    def run(self, repeats: int, seconds: float, progress: Progress) -> None:
+        """Open everybody, then fill ``times`` in rounds in which each contestant gets one burst."""
+        calls = [self._opened(contestant) for contestant in self._contestants]
+        deadline = time.monotonic() + seconds
+        rounds = -(-repeats // BURST)
+        with progress.task("timing", rounds * len(calls)) as task:
+            for _ in range(rounds):
+                for contestant, call in zip(self._contestants, calls, strict=True):
+                    images = self._given(contestant)
+                    call(images)
+                    for _ in range(min(BURST, repeats - len(contestant.times))):
+                        begin = time.perf_counter()
+                        call(images)
+                        contestant.times.append(time.perf_counter() - begin)
+                    task.advance()
+                if time.monotonic() > deadline:
+                    done = len(self._contestants[0].times)
+                    progress.note(f"stopped after {seconds:g} s with {done} of {repeats} repeats")
+                    break
 
-def _contestants(
-    program: Program,
-    threads: int,
-    onnx_path: str | Path | None,
-    so_path: str | Path | None,
-    scratch: Path,
-    progress: Progress,
-) -> tuple[list[_Contestant], dict[str, str]]:
-    from anncvt.runtime import onnx
+    def rows(self, batch: int, threads: int) -> list[dict[str, Any]]:
+        """One of each contestant."""
+        medians = {contestant.name: float(np.median(contestant.times)) for contestant in self._contestants}
+        rows = []
+        for contestant in self._contestants:
+            median = medians[contestant.name]
+            p90, p99 = (1e3 * float(np.percentile(contestant.times, share)) for share in (90, 99))
+            ratios = {dtype: round(median / medians[name], 3) for dtype, name in BASE.items() if name in medians}
+            rows.append(
+                {
+                    "network": contestant.network,
+                    "backend": contestant.backend,
+                    "dtype": contestant.dtype,
+                    "batch": batch,
+                    "threads": threads,
+                    "runs": len(contestant.times),
+                    "p50_ms": round(1e3 * median, 4),
+                    "p90_ms": round(p90, 4),
+                    "p99_ms": round(p99, 4),
+                    "images_per_second": round(batch / median, 2),
+                    "memory_mb": None if contestant.memory is None else round(contestant.memory / 1e6, 1),
+                    "ratio": ratios["float32"],
+                    "ratio_int8": ratios.get("int8"),
+                }
+            )
+        return rows
 
-    def in_onnxruntime(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
-        session = onnx.session(path, threads=threads)
-        return lambda images: onnx.run(session, images)
+    def _opened(self, contestant: Contestant) -> Call:
+        """Loaded, its kernels compiled, its memory allocated and measured."""
 
-    size = program.preprocess.input_size
-    assert program.student is not None
-    exported = onnx_path or exported_file(program, "model.onnx")
-    exported = exported or onnx.export(program, scratch / "student.onnx", progress=progress)
-    teacher = onnx.export_network(program.teacher, size, scratch / "teacher.onnx", progress=progress)
-    found = [
-        _Contestant("student", "torch", _in_torch(program.student)),
-        _Contestant("student", "onnxruntime", in_onnxruntime(exported)),
-        _Contestant("teacher", "torch", _in_torch(program.teacher)),
-        _Contestant("teacher", "onnxruntime", in_onnxruntime(teacher)),
-    ]
-    compiled = so_path or exported_file(program, "model.so")
-    if compiled is None:
-        return found, {"tvm": "not compiled: run `anncvt compile DIR`"}
-    from anncvt.runtime import tvm
+        def first() -> Call:
+            call = contestant.open()
+            call(self._given(contestant))
+            return call
 
-    return [_Contestant("student", "tvm", tvm.load(compiled, threads=threads)), *found], {}
+        call, contestant.memory = peak_of(first)
+        return call
 
-
-def _in_torch(network: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
-    import torch
-
-    from anncvt.runtime.inference import inference_copy
-
-    module = inference_copy(network)
-
-    def call(images: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return module(torch.from_numpy(images)).numpy()
-
-    return call
-
-
-def _race(contestants: list[_Contestant], images: np.ndarray, repeats: int, seconds: float, progress: Progress) -> None:
-    """Fill ``times``, in rounds in which each contestant gets one burst."""
-    for contestant in contestants:
-        contestant.call(images)  # compiles kernels, allocates
-    deadline = time.monotonic() + seconds
-    rounds = -(-repeats // BURST)
-    with progress.task("timing", rounds * len(contestants)) as task:
-        for _ in range(rounds):
-            for contestant in contestants:
-                contestant.call(images)
-                for _ in range(min(BURST, repeats - len(contestant.times))):
-                    begin = time.perf_counter()
-                    contestant.call(images)
-                    contestant.times.append(time.perf_counter() - begin)
-                task.advance()
-            if time.monotonic() > deadline:
-                progress.note(f"stopped after {seconds:g} s with {len(contestants[0].times)} of {repeats} repeats")
-                break
+    def _given(self, contestant: Contestant) -> np.ndarray:
+        return self._pixels if contestant.pixels else self._images
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -27,15 +28,20 @@ class Unavailable(Exception):
     """An execution that this machine lacks something for."""
 
 
-def check(network: IntegerNetwork, pixels: Array, *, progress: Progress = SILENT) -> dict[str, Any]:
+def check(
+    network: IntegerNetwork, pixels: Array, library: str | Path | None = None, *, progress: Progress = SILENT
+) -> dict[str, Any]:
     """Compare every accumulator and every output of every execution with the numpy reference.
+
+    Of the network compiled as a whole only the logits can be seen.
 
     Args:
         pixels: ``[N, C, H, W]`` uint8, a few: the reference is slow.
+        library: what :func:`anncvt.runtime.tvm.compile_integers` wrote, or None.
 
     Returns:
-        ``{"ok", "images", "reference", "layers": [names], "backends": {name: {"ok", "different": [names]}}, "missing":
-        {name: why}}``.
+        ``{"ok", "images", "reference", "layers": [names], "backends": {name: {"ok", "compared": [names],
+        "different": [names]}}, "missing": {name: why}}``.
 
     Raises:
         AnncvtError: no images, or not the network's.
@@ -49,13 +55,15 @@ def check(network: IntegerNetwork, pixels: Array, *, progress: Progress = SILENT
 
     backends: dict[str, dict[str, Any]] = {}
     missing = {}
-    with progress.task("comparing integers", 1 + len(COMPARISONS)) as task:
+    comparisons: dict[str, Comparison] = {**COMPARISONS, LIBRARY: functools.partial(_library, library)}
+    with progress.task("comparing integers", 1 + len(comparisons)) as task:
         integer_network.run(network, pixels, keep)
         task.advance()
-        for name, compare in COMPARISONS.items():
+        for name, compare in comparisons.items():
             try:
-                different = [layer for layer, differs in compare(network, pixels, expected).items() if differs]
-                backends[name] = {"ok": not different, "different": different}
+                found = compare(network, pixels, expected)
+                different = [layer for layer, differs in found.items() if differs]
+                backends[name] = {"ok": not different, "compared": list(found), "different": different}
             except Unavailable as error:
                 missing[name] = str(error)
             task.advance()
@@ -123,6 +131,23 @@ def _tvm(network: IntegerNetwork, pixels: Array, expected: dict[str, tuple[Array
     return found
 
 
+def _library(
+    path: str | Path | None,
+    network: IntegerNetwork,
+    pixels: Array,
+    expected: dict[str, tuple[Array, Array | None]],
+) -> dict[str, bool]:
+    """The logits of the whole network in one call, and of each image in one of its own."""
+    from anncvt.runtime import tvm
+
+    if path is None:
+        raise Unavailable("not compiled: run `anncvt compile DIR --int8`")
+    model, last = tvm.load(path), network.steps[-1].name
+    logits = expected[last][0].reshape(len(pixels), -1)
+    alone = np.concatenate([model(pixels[at : at + 1]) for at in range(len(pixels))])
+    return {last: not (np.array_equal(model(pixels), logits) and np.array_equal(alone, logits))}
+
+
 def _c(network: IntegerNetwork, pixels: Array, expected: dict[str, tuple[Array, Array | None]]) -> dict[str, bool]:
     """The program of the hardware package, built here; it compares with golden vectors, which are the reference's."""
     compiler = shutil.which("cc")
@@ -143,3 +168,5 @@ def _c(network: IntegerNetwork, pixels: Array, expected: dict[str, tuple[Array, 
 
 
 COMPARISONS: dict[str, Comparison] = {"torch": _torch, "TVM": _tvm, "C": _c}
+#: The name of the network compiled as a whole.
+LIBRARY = "TVM library"

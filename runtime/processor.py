@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 #: LLVM's names where /proc/cpuinfo spells a feature differently.
@@ -79,6 +80,12 @@ def architecture() -> str:
     """``"x86_64"``, ``"aarch64"``, ..."""
     machine = platform.machine().lower()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+
+
+def flags(names: Sequence[str]) -> list[str]:
+    """Features in LLVM's spelling as /proc/cpuinfo spells them."""
+    theirs = {ours: name for name, ours in _SPELLING.items()}
+    return [theirs.get(name, name) for name in names]
 
 
 def missing(required: list[str]) -> list[str]:

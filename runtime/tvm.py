@@ -1,4 +1,4 @@
-"""A whole network as one shared library: compile it with TVM, run it without torch.
+"""A whole network, of floats or of integers, as one shared library: compile it with TVM, run it without torch.
 
 The file holds the code for one processor family, the weights and a manifest. Any batch size works: code is generated
 for fixed batch sizes (1 unless told otherwise), which keeps memory planned and index arithmetic constant, and a larger
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,11 @@ from anncvt.runtime import artifact, processor
 
 if TYPE_CHECKING:
     from torch import nn
+    from tvm import ir
 
     from anncvt.program import Preprocess, Program
+    from anncvt.runtime.integer_network import IntegerNetwork
+    from anncvt.runtime.kernels.deployment import Deployment
 
 FORMAT = 1
 
@@ -54,10 +57,20 @@ def compile(
     """
     if program.student is None:
         raise AnncvtError("there is no student network yet", where="compile", fix="run `anncvt convert` first")
-    about = {"model": program.source.name, "arch": program.source.arch, "classes": program.classes}
     return compile_network(
-        program.student, program.preprocess, path, target=target, batch=batch, about=about, progress=progress
+        program.student,
+        program.preprocess,
+        path,
+        target=target,
+        batch=batch,
+        about=about(program),
+        progress=progress,
     )
+
+
+def about(program: Program) -> dict[str, Any]:
+    """What a manifest says about where a network is from."""
+    return {"model": program.source.name, "arch": program.source.arch, "classes": program.classes}
 
 
 def compile_network(
@@ -71,23 +84,82 @@ def compile_network(
     progress: Progress = SILENT,
 ) -> Path:
     """Compile any network of convolutions and adders, see :func:`compile`; ``about`` goes into the manifest."""
-    _require_tvm()
+    require()
+    from anncvt.runtime.kernels.network import export, lower
+
+    size = preprocess.input_size
+
+    def lowered(batches: dict[str, int], deployment: Deployment) -> tuple[ir.IRModule, dict[str, Any], dict[str, Any]]:
+        programs = {name: export(network, (count, *size)) for name, count in batches.items()}
+        module, shape = lower(programs, deployment)
+        return (
+            module,
+            {"name": "image", "shape": ["batch", *size], "dtype": "float32"},
+            {"name": "logits", "shape": ["batch", *shape], "dtype": "float32"},
+        )
+
+    return _write(lowered, preprocess, Path(path), target, batch, about or {}, progress)
+
+
+def compile_integers(
+    network: IntegerNetwork,
+    preprocess: Preprocess,
+    path: str | Path,
+    *,
+    target: str = "cpu",
+    batch: int | Sequence[int] = 1,
+    about: dict[str, Any] | None = None,
+    progress: Progress = SILENT,
+) -> Path:
+    """Compile an integer network: pixels, bytes as they are in a picture, to int32 logits, bit for bit its reference.
+
+    Its normalisation is part of the network, so that nothing is computed in floats. Arguments and errors are those of
+    :func:`compile_network`.
+    """
+    require()
+    from anncvt.runtime.kernels.integer_lowering import lower
+
+    last = network.steps[-1]
+
+    def lowered(batches: dict[str, int], deployment: Deployment) -> tuple[ir.IRModule, dict[str, Any], dict[str, Any]]:
+        return (
+            lower(network, batches, deployment),
+            {"name": "pixels", "shape": ["batch", *network.input_shape], "dtype": "uint8"},
+            {"name": "logits", "shape": ["batch", last.shape[0]], "dtype": "int32", "scale": last.grid.scale},
+        )
+
+    described = {**(about or {}), "integers": network.settings}
+    return _write(lowered, preprocess, Path(path), target, batch, described, progress)
+
+
+def _write(
+    lowered: Callable[[dict[str, int], Deployment], tuple[ir.IRModule, dict[str, Any], dict[str, Any]]],
+    preprocess: Preprocess,
+    path: Path,
+    target: str,
+    batch: int | Sequence[int],
+    about: dict[str, Any],
+    progress: Progress,
+) -> Path:
+    """Lower a network, build it, and write it with its manifest.
+
+    Args:
+        lowered: batch size of each function by name, target -> the module, what the manifest says of input and output.
+    """
     from anncvt.program import versions
     from anncvt.runtime.kernels.deployment import Deployment
-    from anncvt.runtime.kernels.network import build_library, export, lower
+    from anncvt.runtime.kernels.network import build_library
 
-    path, sizes = Path(path), _batches(batch)
     deployment = Deployment.parse(target)
-    functions = {f"batch_{size}": size for size in sizes}
+    functions = {f"batch_{size}": size for size in _batches(batch)}
     with progress.task("Compiling", 3) as task:
-        shapes = {name: (size, *preprocess.input_size) for name, size in functions.items()}
-        module, classes = lower({n: export(network, s) for n, s in shapes.items()}, deployment)
+        module, source, result = lowered(functions, deployment)
         task.advance()
         manifest = {
             "format": FORMAT,
-            **(about or {}),
-            "input": {"name": "image", "shape": ["batch", *preprocess.input_size], "dtype": "float32"},
-            "output": {"name": "logits", "shape": ["batch", classes], "dtype": "float32"},
+            **about,
+            "input": source,
+            "output": result,
             "preprocess": {
                 "input_size": list(preprocess.input_size),
                 "mean": list(preprocess.mean),
@@ -98,6 +170,7 @@ def compile_network(
                 "name": target,
                 "architecture": deployment.architecture,
                 "features": list(deployment.features),
+                "flags": processor.flags(deployment.features),
             },
             "versions": versions(),
         }
@@ -123,7 +196,7 @@ def load(path: str | Path, *, threads: int | None = None) -> Model:
     if manifest["format"] > FORMAT:
         raise AnncvtError("written by a newer anncvt", where=str(path), fix="update anncvt, or compile it again")
     _check_machine(path, manifest["target"])
-    _require_tvm()
+    require()
     return Model(path, manifest, threads)
 
 
@@ -152,23 +225,21 @@ class Model:
                 fix="compile it again with the installed version of TVM",
             ) from error
         functions: dict[str, int] = manifest["functions"]
+        self._result = tuple(manifest["output"]["shape"][1:]), np.dtype(manifest["output"]["dtype"])
         self._functions = sorted(((size, self._machine[name]) for name, size in functions.items()), reverse=True)
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Logits ``[N, classes]`` float32 of normalised ``images`` ``[N, C, H, W]``, any ``N``.
+    def __call__(self, images: Any) -> np.ndarray:
+        """Logits of ``images`` ``[N, C, H, W]``, any ``N``, an array or whatever gives one by DLPack.
+
+        A network of floats takes normalised images, float32, and gives float32; a network of integers takes pixels,
+        uint8, and gives int32 (times ``manifest["output"]["scale"]``). The result is ``[N, classes]``, or of the shape
+        that the network has (``manifest["output"]["shape"]``).
 
         Raises:
-            AnncvtError: the shape does not fit the network.
+            AnncvtError: shape or dtype do not fit the network.
         """
-        images = np.ascontiguousarray(images, dtype=np.float32)
-        expected = tuple(self.manifest["preprocess"]["input_size"])
-        if images.ndim != 4 or images.shape[1:] != expected:
-            raise AnncvtError(
-                f"images of shape {list(images.shape)}, expected [N, {', '.join(map(str, expected))}]",
-                where=str(self._path),
-                fix="resize and normalise them as manifest['preprocess'] says",
-            )
-        logits = np.empty((len(images), self.manifest["output"]["shape"][1]), np.float32)
+        images = self._images(images)
+        logits = np.empty((len(images), *self._result[0]), self._result[1])
         with self._lock:
             self._configure_threads()
             start = 0
@@ -178,6 +249,25 @@ class Model:
                     logits[start : start + size] = result.numpy()
                     start += size
         return logits
+
+    def _images(self, given: Any) -> np.ndarray:
+        """``given`` as an array that the network takes."""
+        images = np.from_dlpack(given) if hasattr(given, "__dlpack__") else np.asarray(given)
+        expected = self.manifest["input"]
+        size, dtype = expected["shape"][1:], np.dtype(expected["dtype"])
+        if images.ndim != 4 or list(images.shape[1:]) != size:
+            raise AnncvtError(
+                f"images of shape {list(images.shape)}, expected [N, {', '.join(map(str, size))}]",
+                where=str(self._path),
+                fix="resize them as manifest['preprocess'] says",
+            )
+        if dtype == np.uint8 and images.dtype != np.uint8:
+            raise AnncvtError(
+                f"images of {images.dtype}, expected pixels of uint8",
+                where=str(self._path),
+                fix="give pixels as they are in a picture, 0..255, not normalised",
+            )
+        return np.ascontiguousarray(images, dtype)
 
     def _configure_threads(self) -> None:
         """TVM keeps a thread pool per calling thread, so the count is set once in each."""
@@ -209,8 +299,12 @@ def _check_machine(path: Path, target: dict[str, Any]) -> None:
         raise AnncvtError(f"this processor lacks {', '.join(missing)}", where=str(path), fix=fix)
 
 
-def _require_tvm() -> None:
-    """Import TVM, without torch where torch is not imported yet: TVM does not need it and it costs seconds."""
+def require() -> None:
+    """Import TVM, without torch where torch is not imported yet: TVM does not need it and it costs seconds.
+
+    Raises:
+        AnncvtError: it is not installed.
+    """
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` raise ImportError

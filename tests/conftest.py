@@ -12,6 +12,9 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 # Compiled kernels of the tests stay out of the user's cache, and are there for the next run.
 os.environ.setdefault("ANNCVT_CACHE", str(ROOT / ".pytest_cache" / "kernels"))
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of as many as there are cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TVM_NUM_THREADS", "1")
 
 import anncvt  # noqa: E402  (after the environment is set and before torch is imported)
 

@@ -83,6 +83,7 @@ FLOORS = [
         "anncvt.runtime.check",
         "anncvt.runtime.check_integers",
         "anncvt.runtime.bench",
+        "anncvt.runtime.contestants",
         "anncvt.runtime.tvm",
         NETWORK,
     },

@@ -6,7 +6,7 @@ import anncvt
 from anncvt.cli import cli
 from anncvt.errors import AnncvtError
 from anncvt.measure import DataChoice
-from anncvt.runtime import integer_network
+from anncvt.runtime import integer_network, integer_tvm
 
 
 def test_quantize_keeps_measures_and_remembers(converted):
@@ -75,5 +75,26 @@ def test_check_compares_integers_layer_by_layer(converted):
     shown = CliRunner().invoke(cli, ["check", str(converted), "--int8", "--layers"])
     assert shown.exit_code == 0 and "bit for bit, on 2 images" in shown.output
     assert all(step.name in shown.output for step in integer_network.load(converted).steps)
-    assert "layers equal" in CliRunner().invoke(cli, ["check", str(converted), "--int8"]).output
+    if integer_tvm.usable():
+        anncvt.compile(converted, integers=True)
+    shown = CliRunner().invoke(cli, ["check", str(converted), "--int8", "--limit", "1"]).output
+    assert "layers equal" in shown and ("1 of 1" in shown) == integer_tvm.usable()
     assert CliRunner().invoke(cli, ["check", str(converted), "--layers"]).exit_code == 2
+
+
+def test_integers_are_compiled_run_and_checked_as_a_whole(converted, picture):
+    pytest.importorskip("tvm")
+    from click.testing import CliRunner
+
+    def answered(*arguments):
+        return json.loads(CliRunner().invoke(cli, [*map(str, arguments), "--json"]).stdout)
+
+    refused = CliRunner().invoke(cli, ["compile", str(converted), "--int8"])
+    assert refused.exit_code == 1 and "anncvt quantize" in refused.stderr
+    anncvt.quantize(converted, DataChoice("digits", limit=32))
+    run = ("run", converted, "--input", picture, "--int8")
+    assert "anncvt compile DIR --int8" in answered(*run, "--backend", "tvm")["error"]["fix"]
+    assert "onnxruntime" in answered(*run, "--backend", "onnxruntime")["error"]["what"]
+    assert answered("compile", converted, "--int8")["path"] == str(converted / "model.int8.so")
+    by_tvm, by_torch = (answered(*run, "--backend", name)["images"] for name in ("tvm", "torch"))
+    assert by_tvm == by_torch and len(by_tvm[0]["top"]) == 5

@@ -38,13 +38,14 @@ def test_parity_and_latency():
     shown = text(report.parity(result))
     assert "NOT equal" in shown and "99.00" in shown and "onnxruntime is not here" in shown
     rows = [
-        {"network": name, "backend": "torch", "dtype": "float32", "batch": 1, "threads": 2, "p50_ms": ms, "p90_ms": ms}
-        | {"ratio": 1.0}
+        {"network": name, "backend": "torch", "dtype": "float32", "batch": 1, "threads": 2}
+        | dict.fromkeys(("p50_ms", "p90_ms", "p99_ms"), ms)
+        | {"images_per_second": 1000 / ms, "memory_mb": None, "ratio": ms / 2, "ratio_int8": None}
         for name, ms in (("teacher", 2.0), ("student", 1.0))
     ]
     shown = text(report.latency({"rows": rows, "missing": {}}))
     assert shown.index("student") < shown.index("teacher"), "the fastest first"
-    assert "batch 1, threads 2" in shown
+    assert "batch 1, threads 2" in shown and "0.50x" in shown and "1000.0" in shown
 
 
 def test_program(converted):

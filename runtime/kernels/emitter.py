@@ -39,8 +39,21 @@ class Emitter:
         array = np.ascontiguousarray(array)
         key = (array.shape, str(array.dtype), hashlib.blake2b(array.tobytes()).digest())
         if key not in self._constants:
-            self._constants[key] = relax.const(array)
+            self._constants[key] = relax.const(array, str(array.dtype))  # without, int64 would become int32
         return self._constants[key]
+
+    def call(
+        self,
+        key: Hashable,
+        make: Callable[[], tirx.PrimFunc],
+        arguments: list[Any],
+        shape: tuple[int, ...],
+        dtype: str = "float32",
+    ) -> Any:
+        """Bind the result of a kernel, which ``make`` builds where there is none of that ``key`` yet."""
+        if key not in self._kernels:
+            self._kernels[key] = self.builder.add_func(make(), "kernel")
+        return self.emit(relax.call_tir(self._kernels[key], relax.Tuple(arguments), relax.TensorType(shape, dtype)))
 
     def blocked(self, value: Value) -> Value:
         """``value`` (rank 2 or 4) in blocked layout."""
@@ -55,8 +68,9 @@ class Emitter:
         return self._convert("unblock", layout.unblock, value, value.shape, False)
 
     def _convert(self, name: str, make: Callable[..., Any], value: Value, shape: tuple[int, ...], to: bool) -> Value:
-        expression = self._call((name, value.shape), lambda: make(value.shape), [value.expr], shape)
-        return Value(expression, value.shape, to)
+        dtype, key = value.dtype, (name, value.shape, value.dtype)
+        expression = self.call(key, lambda: make(value.shape, dtype), [value.expr], shape, dtype)
+        return Value(expression, value.shape, to, dtype)
 
     def pending(self, pending: Pending) -> Value:
         """Compute a layer or elementwise chain."""
@@ -66,27 +80,30 @@ class Emitter:
 
     def view(self, view: View) -> Value:
         """Copy the window a view describes."""
-        spec = view.window()
-        expression = self._call(spec, lambda: layout.window(spec), [view.x.expr], layout.blocked_shape(view.shape))
-        return Value(expression, view.shape, True)
+        spec, dtype, shape = view.window(), view.x.dtype, layout.blocked_shape(view.shape)
+        expression = self.call((spec, dtype), lambda: layout.window(spec, dtype), [view.x.expr], shape, dtype)
+        return Value(expression, view.shape, True, dtype)
 
     def pool(self, spec: pooling.Pool, x: Value, shape: tuple[int, ...]) -> Value:
         """Pool blocked ``x``; ``shape`` is torch's shape of the result."""
-        return Value(self._call(spec, lambda: pooling.build(spec), [x.expr], spec.out_shape), shape, True)
+        dtype = x.dtype
+        expression = self.call((spec, dtype), lambda: pooling.build(spec, dtype), [x.expr], spec.out_shape, dtype)
+        return Value(expression, shape, True, dtype)
 
     def concatenate(self, parts: list[Value]) -> Value:
         """Blocked values joined along the channels."""
         batch, _, *size = parts[0].shape
         channels = tuple(part.shape[1] for part in parts)
         tall, wide = (*size, 1, 1)[:2]
-        shape = (batch, sum(channels), *size)
-        expression = self._call(
-            ("concatenate", batch, channels, tall, wide),
-            lambda: layout.concatenate(batch, channels, (tall, wide)),
+        shape, dtype = (batch, sum(channels), *size), parts[0].dtype
+        expression = self.call(
+            ("concatenate", batch, channels, tall, wide, dtype),
+            lambda: layout.concatenate(batch, channels, (tall, wide), dtype),
             [part.expr for part in parts],
             layout.blocked_shape(shape),
+            dtype,
         )
-        return Value(expression, shape, True)
+        return Value(expression, shape, True, dtype)
 
     def _layer(self, pending: Pending, source: Convolution) -> Value:
         direct = not source.x.blocked and source.x.shape[1] < LANES and source.groups == 1 and len(source.x.shape) == 4
@@ -111,7 +128,7 @@ class Emitter:
         packed = inference.pack(layer, source.weight, pending.scale, pending.shift)
         arguments = [x.expr, *(self.constant(array) for array in packed)]
         arguments += self._residual(pending)
-        kernel = self._call(layer, lambda: self._kernel(layer), arguments, layer.out_shape)
+        kernel = self.call(layer, lambda: self._kernel(layer), arguments, layer.out_shape)
         return Value(kernel, pending.shape, True)
 
     def _mode(self, mode: str) -> str:
@@ -147,16 +164,10 @@ class Emitter:
                 lanes[:channels] = values
                 arguments.append(self.constant(lanes.reshape(-1, LANES)))
         arguments += self._residual(pending)
-        return Value(self._call(spec, lambda: elementwise.build(spec), arguments, spec.shape), pending.shape, True)
+        return Value(self.call(spec, lambda: elementwise.build(spec), arguments, spec.shape), pending.shape, True)
 
     def _residual(self, pending: Pending) -> list[Any]:
         return [] if pending.residual is None else [self.blocked(pending.residual).expr]
-
-    def _call(self, key: Hashable, make: Callable[[], tirx.PrimFunc], arguments: list[Any], shape: Any) -> Any:
-        if key not in self._kernels:
-            self._kernels[key] = self.builder.add_func(make(), "kernel")
-        returned = relax.TensorType(shape, "float32")
-        return self.emit(relax.call_tir(self._kernels[key], relax.Tuple(arguments), returned))
 
 
 def linear_as_convolution(x: Value, weight: np.ndarray) -> Convolution:

@@ -14,13 +14,13 @@ from anncvt.runtime.kernels.layer import LANES
 
 
 def function(
-    shapes: Mapping[str, tuple[Any, ...]], body: Callable[..., None], dtypes: Mapping[str, str] | None = None
+    shapes: Mapping[str, tuple[Any, ...]], body: Callable[..., None], dtypes: str | Mapping[str, str] = "float32"
 ) -> tirx.PrimFunc:
-    """A PrimFunc of arguments ``shapes`` (the last is the output), float32 where ``dtypes`` does not say otherwise.
+    """A PrimFunc of arguments ``shapes`` (the last is the output), of one dtype or of each its own.
 
     ``body(**buffers)`` emits its statements. A size may be a variable.
     """
-    kinds = dict.fromkeys(shapes, "float32") | dict(dtypes or {})
+    kinds = dict.fromkeys(shapes, dtypes) if isinstance(dtypes, str) else dtypes
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("kernel")
@@ -38,6 +38,11 @@ def function(
 def f32(value: float) -> Any:
     """A float32 constant."""
     return tirx.const(value, "float32")
+
+
+def zero(dtype: str) -> Any:
+    """The constant 0."""
+    return tirx.const(0, dtype)
 
 
 def prefetch(buffer: Any, at: Any, *, write: bool = False) -> None:

@@ -24,6 +24,7 @@ class Value:
     expr: Any
     shape: tuple[int, ...]
     blocked: bool
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)

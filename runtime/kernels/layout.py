@@ -10,7 +10,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from anncvt.runtime.kernels.flat import f32, function, store
+from anncvt.runtime.kernels.flat import function, store, zero
 from anncvt.runtime.kernels.layer import LANES, blocks
 
 
@@ -20,7 +20,7 @@ def blocked_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (batch, blocks(channels), height, width, LANES)
 
 
-def block(shape: tuple[int, ...]) -> tirx.PrimFunc:
+def block(shape: tuple[int, ...], dtype: str = "float32") -> tirx.PrimFunc:
     """Plain ``shape`` to blocked, lanes beyond the last channel cleared."""
     batch, channels = shape[:2]
     pixels, depth = math.prod(shape[2:]), blocks(channels)
@@ -29,13 +29,13 @@ def block(shape: tuple[int, ...]) -> tirx.PrimFunc:
         with T.parallel(batch * depth) as plane, T.serial(pixels) as pixel, T.serial(LANES) as lane:
             channel = plane % depth * LANES + lane
             value = x[(plane // depth * channels + channel) * pixels + pixel]
-            inside = value if channels % LANES == 0 else tirx.if_then_else(channel < channels, value, f32(0))
+            inside = value if channels % LANES == 0 else tirx.if_then_else(channel < channels, value, zero(dtype))
             T.buffer_store(y, inside, [(plane * pixels + pixel) * LANES + lane])
 
-    return function({"x": shape, "y": blocked_shape(shape)}, body)
+    return function({"x": shape, "y": blocked_shape(shape)}, body, dtype)
 
 
-def unblock(shape: tuple[int, ...]) -> tirx.PrimFunc:
+def unblock(shape: tuple[int, ...], dtype: str = "float32") -> tirx.PrimFunc:
     """Blocked to plain ``shape``."""
     batch, channels = shape[:2]
     pixels, depth = math.prod(shape[2:]), blocks(channels)
@@ -46,7 +46,7 @@ def unblock(shape: tuple[int, ...]) -> tirx.PrimFunc:
             at = ((image * depth + channel // LANES) * pixels + pixel) * LANES + channel % LANES
             T.buffer_store(y, x[at], [plane * pixels + pixel])
 
-    return function({"x": blocked_shape(shape), "y": shape}, body)
+    return function({"x": blocked_shape(shape), "y": shape}, body, dtype)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Window:
         return (self.batch, *(axis.size for axis in self.axes))
 
 
-def window(view: Window) -> tirx.PrimFunc:
+def window(view: Window, dtype: str = "float32") -> tirx.PrimFunc:
     """The kernel that copies ``view``: arguments ``x, y``."""
     channels, height, width = view.source
     of_channel, of_row, of_column = view.axes
@@ -119,22 +119,22 @@ def window(view: Window) -> tirx.PrimFunc:
                     at = (image * source_depth + channel // LANES) * height * width * LANES
                     element = x[at + pixel * LANES + channel % LANES]
                 present = tirx.all(valid, inside(of_channel, o))
-                found = tirx.if_then_else(present, element, f32(view.fill))
-                return found if view.fill == 0 else tirx.if_then_else(o < out, found, f32(0))
+                found = tirx.if_then_else(present, element, tirx.const(view.fill, dtype))
+                return found if view.fill == 0 else tirx.if_then_else(o < out, found, zero(dtype))
 
             at = (line * columns + j) * LANES
             with T.serial(LANES) as lane:
                 T.buffer_store(y, value(lane), [at + lane])
 
     source = (view.batch, source_depth, height, width, LANES)
-    return function({"x": source, "y": blocked_shape(view.shape)}, body)
+    return function({"x": source, "y": blocked_shape(view.shape)}, body, dtype)
 
 
 def _lane(buffer: Any, start: Any, lane: Any) -> Any:
     return buffer[start + lane]
 
 
-def concatenate(batch: int, channels: tuple[int, ...], size: tuple[int, int]) -> tirx.PrimFunc:
+def concatenate(batch: int, channels: tuple[int, ...], size: tuple[int, int], dtype: str = "float32") -> tirx.PrimFunc:
     """Blocked tensors joined along the channels: arguments ``x0, x1, ..., y``."""
     pixels, total = math.prod(size), sum(channels)
     depth = blocks(total)
@@ -157,7 +157,7 @@ def concatenate(batch: int, channels: tuple[int, ...], size: tuple[int, int]) ->
         opened = -(-begin // LANES)
         if blocks(begin + count) > opened:
             with T.serial((blocks(begin + count) - opened) * pixels) as pixel:
-                store(y, ((image * depth + opened) * pixels + pixel) * LANES, f32(0))
+                store(y, ((image * depth + opened) * pixels + pixel) * LANES, zero(dtype))
         with T.serial(count) as c, T.serial(pixels) as pixel:
             source = ((image * blocks(count) + c // LANES) * pixels + pixel) * LANES + c % LANES
             channel = begin + c
@@ -165,4 +165,4 @@ def concatenate(batch: int, channels: tuple[int, ...], size: tuple[int, int]) ->
             T.buffer_store(y, part[source], [target])
 
     shapes = {f"x{i}": blocked_shape((batch, count, *size)) for i, count in enumerate(channels)}
-    return function({**shapes, "y": blocked_shape((batch, total, *size))}, body)
+    return function({**shapes, "y": blocked_shape((batch, total, *size))}, body, dtype)

@@ -45,7 +45,7 @@ def export(network: nn.Module, shape: Sequence[int]) -> torch.export.ExportedPro
         ) from error
 
 
-def lower(programs: dict[str, torch.export.ExportedProgram], target: Deployment) -> tuple[ir.IRModule, int]:
+def lower(programs: dict[str, torch.export.ExportedProgram], target: Deployment) -> tuple[ir.IRModule, tuple[int, ...]]:
     """Lower exported networks to one module that shares kernels and constants.
 
     Args:
@@ -53,16 +53,17 @@ def lower(programs: dict[str, torch.export.ExportedProgram], target: Deployment)
         target: what the module will be compiled for.
 
     Returns:
-        The module, with functions ``name(image[N, C, H, W]) -> logits[N, classes]``, and the number of classes.
+        The module, with functions ``name(image[N, C, H, W]) -> logits[N, ...]``, and the logits' shape without the
+        batch: ``(classes,)``, or ``(classes, H', W')`` of a segmentation network.
 
     Raises:
         AnncvtError: an operator has no compiled form (all of them are named), or the network does not map one image
-            batch to one ``[N, classes]`` tensor.
+            batch to one float32 tensor of a row for each image.
     """
     builder = relax.BlockBuilder()
     emitter = Emitter(builder, target)
-    classes = [_Graph(emitter, program).emit(name) for name, program in programs.items()]
-    return builder.get(), classes[0]
+    shapes = [_Graph(emitter, program).emit(name) for name, program in programs.items()]
+    return builder.get(), shapes[0]
 
 
 class _Graph:
@@ -80,8 +81,8 @@ class _Graph:
         if missing:
             raise unknown(missing)
 
-    def emit(self, name: str) -> int:
-        """Emit the function ``name``; returns the number of classes."""
+    def emit(self, name: str) -> tuple[int, ...]:
+        """Emit the function ``name``; returns the shape of its result without the batch."""
         (image,) = self._inputs
         shape = shape_of(image)
         variable = relax.Var("image", relax.TensorType(shape, "float32"))
@@ -91,10 +92,10 @@ class _Graph:
                 self._env[image] = Value(variable, shape, False)
                 for node in self._open_nodes():
                     self._env[node] = self._lower(node)
-                logits = self.emitter.plain(self.value(self._result()))
+                logits = self.emitter.plain(self.value(self._result(shape[0])))
                 output = builder.emit_output(self.emitter.emit(logits.expr))
             builder.emit_func_output(output)
-        return logits.shape[1]
+        return logits.shape[1:]
 
     def _bind_constants(self, program: torch.export.ExportedProgram) -> None:
         placeholders = [node for node in self._nodes if node.op == "placeholder"]
@@ -129,17 +130,17 @@ class _Graph:
                 pass
         return self._foreign.translate(self, node)
 
-    def _result(self) -> fx.Node:
+    def _result(self, batch: int) -> fx.Node:
         (results,) = self._nodes[-1].args
         results = list(results) if isinstance(results, tuple | list) else [results]
-        if len(results) != 1 or not isinstance(results[0], fx.Node) or len(shape_of(results[0])) != 2:
-            shapes = [shape_of(node) for node in results if isinstance(node, fx.Node)]
+        nodes = [node for node in results if isinstance(node, fx.Node)]
+        if len(results) != 1 or not nodes or not _float32(nodes[0]) or shape_of(nodes[0])[:1] != (batch,):
             raise AnncvtError(
-                f"the network returns {shapes or 'nothing'}, not one [N, classes] tensor",
+                f"the network returns {[shape_of(node) for node in nodes] or 'nothing'}, not one tensor of logits",
                 where="compile",
-                fix="wrap it in a module that returns the logits",
+                fix="wrap it in a module that returns the logits, one row for each image",
             )
-        return results[0]
+        return nodes[0]
 
     # What handlers see (aten.Lowering).
 

@@ -9,7 +9,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from anncvt.runtime.geometry import NO_PADDING, Padding
-from anncvt.runtime.kernels.flat import f32, function, store
+from anncvt.runtime.kernels.flat import f32, function, store, zero
 from anncvt.runtime.kernels.layer import LANES, blocks
 
 #: What a padded pixel counts as in a maximum: the lowest float32, as infinities may be assumed away by the compiler.
@@ -40,8 +40,8 @@ class Pool:
         return (self.batch, blocks(self.channels), *self.out_size, LANES)
 
 
-def build(spec: Pool) -> tirx.PrimFunc:
-    """The kernel: arguments ``x, y``."""
+def build(spec: Pool, dtype: str = "float32") -> tirx.PrimFunc:
+    """The kernel: arguments ``x, y``. Of ``"uint8"`` there are maxima alone."""
     (height, width), (rows, columns) = spec.size, spec.out_size
     depth = blocks(spec.channels)
 
@@ -64,8 +64,8 @@ def build(spec: Pool) -> tirx.PrimFunc:
     def body(x: Any, y: Any) -> None:
         with T.parallel(spec.batch * depth * rows) as line, T.serial(columns) as j:
             plane, i = line // rows, line % rows
-            total = T.alloc_buffer((LANES,), "float32", scope="local")
-            store(total, 0, f32(LOWEST if spec.mode == "max" else 0))
+            total = T.alloc_buffer((LANES,), dtype, scope="local")
+            store(total, 0, f32(LOWEST) if spec.mode == "max" and dtype == "float32" else zero(dtype))
             (top, bottom, tall), (left, right, wide) = window(i, 0), window(j, 1)
             down, along = spec.dilation
             high, broad = (bottom - top + down - 1) // down, (right - left + along - 1) // along
@@ -84,4 +84,4 @@ def build(spec: Pool) -> tirx.PrimFunc:
             store(y, target, lambda lane: total[lane] * inverse)
 
     shape = (spec.batch, depth, height, width, LANES)
-    return function({"x": shape, "y": spec.out_shape}, body)
+    return function({"x": shape, "y": spec.out_shape}, body, dtype)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 import torch
-from tiny import tiny_program
+from tiny import SIZE, tiny_images, tiny_program
 
 from anncvt.errors import AnncvtError
-from anncvt.runtime import onnx
+from anncvt.passes.quantize import quantize
+from anncvt.runtime import contestants, onnx
 from anncvt.runtime.bench import bench
 
 needs_tvm = pytest.mark.skipif(importlib.util.find_spec("tvm") is None, reason="TVM is not installed")
@@ -33,20 +35,27 @@ def measured(tmp_path_factory):
 
 
 def test_rows(measured):
-    contestants = [(row["network"], row["backend"]) for row in measured["rows"]]
-    assert contestants == [(n, b) for n in ("student", "teacher") for b in ("torch", "onnxruntime")]
+    contestants = [(row["network"], row["backend"], row["dtype"]) for row in measured["rows"]]
+    floats = [(n, b, "float32") for n in ("student", "teacher") for b in ("torch", "onnxruntime")]
+    assert contestants == [*floats, ("teacher", "onnxruntime", "int8")]
     for row in measured["rows"]:
-        assert (row["dtype"], row["batch"], row["threads"], row["runs"]) == ("float32", 2, 1, 7)
-        assert 0 < row["p50_ms"] <= row["p90_ms"] < 10_000
-    assert "compile" in measured["missing"]["tvm"]
+        assert (row["batch"], row["threads"], row["runs"]) == (2, 1, 7)
+        assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"] < 10_000
+        assert row["images_per_second"] == pytest.approx(2000 / row["p50_ms"], rel=0.01)
+        assert row["memory_mb"] >= 0
+    assert {name: reason[:12] for name, reason in measured["missing"].items()} == {
+        "tvm": "not compiled",
+        "tvm int8": "not compiled",
+    }
     json.dumps(measured, allow_nan=False)
 
 
 def test_ratio_is_against_the_teacher_in_onnxruntime(measured):
-    base = measured["rows"][3]
-    assert base["ratio"] == 1
-    for row in measured["rows"]:
-        assert row["ratio"] == pytest.approx(row["p50_ms"] / base["p50_ms"], rel=0.01, abs=0.002)
+    for at, ratio in ((3, "ratio"), (4, "ratio_int8")):
+        base = measured["rows"][at]
+        assert base[ratio] == 1
+        for row in measured["rows"]:
+            assert row[ratio] == pytest.approx(row["p50_ms"] / base["p50_ms"], rel=0.01, abs=0.002)
 
 
 @needs_tvm
@@ -56,11 +65,29 @@ def test_files_of_the_folder_are_timed_and_the_time_limit_keeps_one_burst(tmp_pa
     program = tiny_program(tmp_path)
     onnx.export(program, tmp_path / "model.onnx")
     tvm.compile(program, tmp_path / "model.so")
+    network = quantize(program, tiny_images())
+    tvm.compile_integers(network, program.preprocess, tmp_path / "model.int8.so")
     monkeypatch.setattr(onnx, "export", None)  # the student must not be exported again
-    result = bench(program, threads=1, repeats=1000, seconds=1e-6)
-    assert ("student", "tvm") in [(row["network"], row["backend"]) for row in result["rows"]]
+    result = bench(program, threads=1, repeats=1000, seconds=1e-6, teacher_in_tvm=True)
+    names = [(row["network"], row["backend"], row["dtype"]) for row in result["rows"]]
+    assert names[2:5] == [("student", "tvm", "float32"), ("student", "tvm", "int8"), ("teacher", "tvm", "float32")]
     assert {row["runs"] for row in result["rows"]} == {3}
     assert not result["missing"]
+
+
+def test_the_quantised_teacher_computes_in_integers_what_it_did_in_floats(tmp_path):
+    program = tiny_program()
+    source = onnx.export_network(program.teacher, SIZE, tmp_path / "teacher.onnx")
+    integers = onnx.session(contestants.quantised(source, tmp_path / "int8.onnx", SIZE))
+    images = np.random.default_rng(0).standard_normal((8, *SIZE)).astype(np.float32)
+    expected = onnx.run(onnx.session(source), images)
+    found = onnx.run(integers, images)
+    assert 0 < np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def test_what_onnxruntime_cannot_quantize_is_left_out(tmp_path):
+    with pytest.raises(AnncvtError, match="onnxruntime cannot quantize"):
+        contestants.quantised(tmp_path / "none.onnx", tmp_path / "int8.onnx", SIZE)
 
 
 @pytest.mark.parametrize("argument", ["batch", "threads", "repeats", "seconds"])

@@ -8,6 +8,7 @@ from quantized import adder_program, noise
 
 from anncvt.errors import AnncvtError, GateError
 from anncvt.passes.quantize import QuantizeConfig, quantize
+from anncvt.program import Preprocess
 from anncvt.runtime import check_integers, integer_torch
 from anncvt.runtime.check_integers import check, require_equal
 
@@ -22,7 +23,8 @@ def network():
 def test_all_executions_are_equal(network):
     result = check(network, PIXELS)
     assert result["ok"] and result["images"] == 2
-    assert set(result["backends"]) | set(result["missing"]) == {"torch", "TVM", "C"}
+    assert set(result["backends"]) | set(result["missing"]) == {"torch", "TVM", "TVM library", "C"}
+    assert "compile DIR --int8" in result["missing"]["TVM library"]
     assert result["layers"] == [step.name for step in network.steps]
     require_equal(result)
 
@@ -44,13 +46,31 @@ def test_a_difference_is_found_at_its_layer(network, monkeypatch):
         require_equal(result)
 
 
+def test_the_whole_network_compiled_is_compared_by_its_logits(network, tmp_path):
+    pytest.importorskip("tvm")
+    from anncvt.runtime import tvm
+
+    preprocess = Preprocess((3, 8, 8), (0.5,), (0.25,))
+    library = tvm.compile_integers(network, preprocess, tmp_path / "model.int8.so")
+    row = check(network, PIXELS, library)["backends"]["TVM library"]
+    assert row == {"ok": True, "compared": [network.steps[-1].name], "different": []}
+    result = check(changed_at_the_end(network), PIXELS, library)
+    assert result["backends"]["TVM library"]["different"] == [network.steps[-1].name]
+    with pytest.raises(GateError, match="TVM library from head on"):
+        require_equal(result)
+
+
+def changed_at_the_end(network):
+    last = network.steps[-1]
+    other = dataclasses.replace(last, epilogue=dataclasses.replace(last.epilogue, bias=last.epilogue.bias + 2**20))
+    return dataclasses.replace(network, steps=(*network.steps[:-1], other))
+
+
 def test_the_c_program_is_heard(network, monkeypatch):
     """A package whose golden vectors are those of another network."""
     if shutil.which("cc") is None:
         pytest.skip("no C compiler (cc) here")
-    last = network.steps[-1]
-    other = dataclasses.replace(last, epilogue=dataclasses.replace(last.epilogue, bias=last.epilogue.bias + 2**20))
-    changed = dataclasses.replace(network, steps=(*network.steps[:-1], other))
+    last, changed = network.steps[-1], changed_at_the_end(network)
     export = check_integers.hardware.export
 
     def mixed(given, path, pixels):

@@ -62,6 +62,16 @@ def test_manifest_says_how_to_use_it(compiled: Path) -> None:
     assert {"anncvt", "apache-tvm", "torch"} <= set(manifest["versions"])
     assert manifest["target"]["architecture"] == processor.architecture()
     assert processor.missing(manifest["target"]["features"]) == []
+    words = set(Path("/proc/cpuinfo").read_text().split())
+    assert manifest["target"]["flags"] and words >= set(manifest["target"]["flags"])
+
+
+def test_tensors_of_other_libraries_come_and_go_by_dlpack(compiled: Path) -> None:
+    images = torch.randn(2, 3, 8, 8)
+    model = runtime.load(compiled)
+    logits = torch.from_dlpack(model(images))
+    assert torch.equal(logits, torch.from_numpy(model(images.numpy())))
+    assert torch.equal(torch.from_dlpack(model(images.double())), logits)
 
 
 def test_loading_imports_no_torch(compiled: Path) -> None:
@@ -207,8 +217,8 @@ def test_without_tvm_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 def test_failed_compile_leaves_the_old_file(compiled: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.so"
     path.write_bytes(b"old")
-    with pytest.raises(AnncvtError, match="not one"):
-        runtime.compile(program(nn.Conv2d(3, 4, 1)), path)
+    with pytest.raises(AnncvtError, match="not one tensor of logits"):
+        runtime.compile(program(nn.Flatten(0)), path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 

@@ -53,16 +53,15 @@ def test_other_geometries_are_other_kernels():
     assert len(list(store.folder().iterdir())) == 2
 
 
-@pytest.mark.parametrize("keep", [0, 20, -1])
-def test_a_damaged_entry_is_replaced(keep):
+def test_a_damaged_entry_is_replaced():
     run()
     (path,) = store.folder().iterdir()
-    content = path.read_bytes()
-    path.write_bytes(content[:keep])
+    for damaged, keep in enumerate((0, 20, -1), 1):
+        path.write_bytes(path.read_bytes()[:keep])
+        cache.clear()
+        assert run()["compiled"] == 1 + damaged
     cache.clear()
-    assert run() == {"compiled": 2}
-    cache.clear()
-    assert run() == {"compiled": 2, "loaded": 1}
+    assert run() == {"compiled": 4, "loaded": 1}
 
 
 def test_an_unwritable_folder_costs_only_the_next_compile(monkeypatch, tmp_path):
@@ -113,7 +112,7 @@ def test_leftovers_of_interrupted_processes_go():
 def test_processes_share_the_folder():
     code = (
         "import torch, anncvt.nn\n"
-        "for k in (1, 2, 3):\n"
+        "for k in (1, 2):\n"
         "    x, w = torch.ones(2, 3, 8, 8), torch.zeros(8, 3, k, k)\n"
         "    y = torch.ops.anncvt.adder2d(x, w, [1, 1], [0, 0], [1, 1], 1)\n"
         "    assert torch.equal(y, torch.full_like(y, -3.0 * k * k))\n"
@@ -121,7 +120,7 @@ def test_processes_share_the_folder():
     workers = [subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ)) for _ in range(2)]
     assert [worker.wait() for worker in workers] == [0, 0]
     entries = list(store.folder().iterdir())
-    assert len(entries) == 3
+    assert len(entries) == 2
     assert all(store.intact(entry) for entry in entries)
 
 

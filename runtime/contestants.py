@@ -1,0 +1,182 @@
+"""Who takes part in a benchmark: the adder network and its CNN, in every runtime at hand, in floats and in integers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from anncvt.errors import AnncvtError
+from anncvt.program import Program
+from anncvt.progress import Progress
+from anncvt.runtime import processor
+from anncvt.runtime.check import exported_file
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: One call: images ``[N, C, H, W]`` of the contestant's dtype -> logits.
+Call = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass
+class Contestant:
+    """One network in one runtime. ``open`` loads it; ``dtype`` is "float32" or "int8" (whose calls take uint8 pixels,
+    where ``pixels``)."""
+
+    network: str  # "student" or "teacher"
+    backend: str
+    dtype: str
+    open: Callable[[], Call]
+    pixels: bool = False
+    times: list[float] = field(default_factory=list)  # seconds
+    memory: int | None = None  # bytes added by loading it and by a first call, at the peak
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        return self.network, self.backend, self.dtype
+
+
+#: How an exported student is opened, by backend: ``(path, threads) -> call``.
+ONNX_RUNTIMES: dict[str, Callable[[Path, int], Call]] = {}
+
+
+def _onnxruntime(path: Path, threads: int) -> Call:
+    from anncvt.runtime import onnx
+
+    session = onnx.session(path, threads=threads)
+    return lambda images: onnx.run(session, images)
+
+
+ONNX_RUNTIMES["onnxruntime"] = _onnxruntime
+
+
+class Contestants:
+    """All that can be had of ``program``; what cannot, and why, is in ``missing`` afterwards.
+
+    Args:
+        scratch: a folder for files made for the occasion.
+        onnx_path, so_path, integer_path: the student's files. None: those of the program's folder. Without an exported
+            student one is exported to ``scratch``.
+        teacher_in_tvm: compile the CNN, too.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        threads: int,
+        scratch: Path,
+        *,
+        onnx_path: str | Path | None = None,
+        so_path: str | Path | None = None,
+        integer_path: str | Path | None = None,
+        teacher_in_tvm: bool = False,
+        progress: Progress,
+    ) -> None:
+        self.program, self.threads, self.scratch, self.progress = program, threads, scratch, progress
+        self.onnx_path = onnx_path or exported_file(program, "model.onnx")
+        self.so_path = so_path or exported_file(program, "model.so")
+        self.integer_path = integer_path or exported_file(program, "model.int8.so")
+        self.teacher_in_tvm = teacher_in_tvm
+        self.missing: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[Contestant]:
+        from anncvt.runtime import onnx
+
+        program, threads = self.program, self.threads
+        size, student = program.preprocess.input_size, program.student
+        assert student is not None
+        exported = Path(self.onnx_path or onnx.export(program, self.scratch / "student.onnx", progress=self.progress))
+        teacher = self.scratch / "teacher.onnx"
+        onnx.export_network(program.teacher, size, teacher, progress=self.progress)
+        yield Contestant("student", "torch", "float32", lambda: _torch(student))
+        for backend, runtime in ONNX_RUNTIMES.items():
+            yield Contestant("student", backend, "float32", functools.partial(runtime, exported, threads))
+        yield from self._compiled()
+        yield Contestant("teacher", "torch", "float32", lambda: _torch(program.teacher))
+        yield Contestant("teacher", "onnxruntime", "float32", lambda: _onnxruntime(teacher, threads))
+        try:
+            integers = quantised(teacher, self.scratch / "teacher.int8.onnx", size)
+            yield Contestant("teacher", "onnxruntime", "int8", lambda: _onnxruntime(integers, threads))
+        except AnncvtError as error:
+            self.missing["onnxruntime int8"] = str(error)
+
+    def _compiled(self) -> Iterator[Contestant]:
+        """The student, and if asked the teacher, in TVM."""
+        paths = {"tvm": (self.so_path, "compile DIR"), "tvm int8": (self.integer_path, "compile DIR --int8")}
+        for backend, (path, command) in paths.items():
+            if path is None:
+                self.missing[backend] = f"not compiled: run `anncvt {command}`"
+                continue
+            dtype = "int8" if backend.endswith("int8") else "float32"
+            yield Contestant("student", "tvm", dtype, self._opener(Path(path)), pixels=dtype == "int8")
+        if self.teacher_in_tvm:
+            from anncvt.runtime import tvm
+
+            path = tvm.compile_network(
+                self.program.teacher, self.program.preprocess, self.scratch / "teacher.so", progress=self.progress
+            )
+            yield Contestant("teacher", "tvm", "float32", self._opener(path))
+
+    def _opener(self, path: Path) -> Callable[[], Call]:
+        from anncvt.runtime import tvm
+
+        tvm.require()  # here, so that what it takes does not count as the network's
+        return lambda: tvm.load(path, threads=self.threads)
+
+
+def quantised(source: Path, target: Path, size: tuple[int, ...]) -> Path:
+    """``source`` with 8-bit integers, by onnxruntime's own tools, as they recommend for this processor.
+
+    Ranges come from noise: good for timing, not for classifying. Weights have a scale per channel and, where the
+    processor has no VNNI, 7 bits: sums of two products saturate there otherwise.
+
+    Raises:
+        AnncvtError: the tools fail on this network.
+    """
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    from anncvt.runtime.onnx import INPUT
+
+    noise = np.random.default_rng(0).standard_normal((2, 1, *size)).astype(np.float32)
+
+    class Noise(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self._left = iter(noise)
+
+        def get_next(self) -> Any:
+            return next(({INPUT: image} for image in self._left), None)
+
+    prepared = target.with_suffix(".prepared.onnx")
+    try:
+        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+        quantization.quantize_static(
+            str(prepared), str(target), Noise(), per_channel=True, reduce_range=reduced_range()
+        )
+    except Exception as error:  # onnxruntime's errors have no common base
+        raise AnncvtError(f"onnxruntime cannot quantize it: {str(error).strip().splitlines()[0]}") from error
+    return target
+
+
+def reduced_range() -> bool:
+    """Whether weights of :func:`quantised` have 7 bits."""
+    return not {"avx512vnni", "avxvnni"} & (processor.features() or frozenset())
+
+
+def _torch(network: nn.Module) -> Call:
+    import torch
+
+    from anncvt.runtime.inference import inference_copy
+
+    module = inference_copy(network)
+
+    def call(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return module(torch.from_numpy(images)).numpy()
+
+    return call

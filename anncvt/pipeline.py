@@ -32,6 +32,7 @@ from anncvt.sources import NoSuchSplit
 from anncvt.zoo import ZOOS
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from anncvt.pkkd import DistillConfig
@@ -92,6 +93,7 @@ def convert(
     resume: bool = False,
     force: bool = False,
     dump: Path | None = None,
+    device: torch.device | None = None,
     options: Mapping[str, Any],
     progress: Progress = SILENT,
 ) -> Program:
@@ -135,7 +137,7 @@ def convert(
         folder.save(program, output)
         discard_checkpoint(output)
     if training is not None and not reached(program, "distilled"):
-        program = distil(program, output, training, yardstick, config, resume=resume, progress=progress)
+        program = distil(program, output, training, yardstick, config, resume=resume, device=device, progress=progress)
     return program
 
 
@@ -148,11 +150,13 @@ def distil(
     *,
     resume: bool,
     integers: IntegerNetwork | None = None,
+    device: torch.device | None = None,
     progress: Progress,
 ) -> Program:
     """Distil, measure, save.
 
     Args:
+        device: where to train, see :func:`anncvt.pkkd.distill`.
         integers: train for these: the student computes on their grids meanwhile.
     """
     from anncvt import pkkd
@@ -161,7 +165,7 @@ def distil(
     assert program.student is not None
     with contextlib.nullcontext() if integers is None else fake_quantised(program.student, integers):
         program = pkkd.distill(
-            program, train, yardstick.images, config, folder=output, resume=resume, progress=progress
+            program, train, yardstick.images, config, folder=output, resume=resume, device=device, progress=progress
         )
     result = program.history[-1].metrics
     last: dict[str, float] = {name: result[name] for name in ("top1", "top5") if name in result}

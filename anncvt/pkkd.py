@@ -8,7 +8,8 @@ with ``L_mid`` of :mod:`anncvt.features`; the teacher, where it goes on learning
 cross-entropy only. Adder weights take AdderNet's adaptive step (:mod:`anncvt.optim`).
 
 The order of the images and their augmentation depend on the seed and the step alone, and a checkpoint holds everything
-else, so a run that was killed and resumed ends with the same bits as one that was not.
+else, so a run that was killed and resumed ends with the same bits as one that was not (on the CPU: libraries for GPUs
+add in any order).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anncvt.devices import on
 from anncvt.errors import AnncvtError
 from anncvt.evaluation import evaluate
 from anncvt.features import FEATURE_LOSSES, FeatureLoss
@@ -88,6 +90,7 @@ def distill(
     *,
     folder: Path,
     resume: bool = False,
+    device: torch.device | None = None,
     progress: Progress = SILENT,
 ) -> Program:
     """Train the student of a rewritten program; its weights are changed in place and the stage is recorded.
@@ -100,6 +103,7 @@ def distill(
         folder: the program folder; checkpoints and the log go to its ``train/``. The last checkpoint stays until
             :func:`discard_checkpoint`, so that nothing is lost before the program is saved.
         resume: continue from the folder's checkpoint, if there is one.
+        device: where to train, the CPU if not told; afterwards the student is on the CPU.
 
     Raises:
         AnncvtError: no labels, a checkpoint of another configuration, or a loss that is not finite.
@@ -108,15 +112,17 @@ def distill(
         raise AnncvtError("the images have no labels", where=train.name, fix="distillation needs a labelled data set")
     if len(train) < 2:
         raise AnncvtError(f"{len(train)} training images", where=train.name, fix="raise --limit, or name more data")
-    run = _Training(program, train, config, Path(folder))
-    if resume:
-        run.restore()
-    with gradients(run.paired, config.gradient):
-        compile_kernels(run.student, program.preprocess.input_size, progress)
-    with progress.task("distil", config.epochs * run.steps_per_epoch) as task:
-        task.advance(run.step)
-        accuracy = run.train(test, task)
-    run.save()
+    device = device or torch.device("cpu")
+    with on(device, program.student):
+        run = _Training(program, train, config, Path(folder), device)
+        if resume:
+            run.restore()
+        with gradients(run.paired, config.gradient):
+            compile_kernels(run.student, program.preprocess.input_size, progress)
+        with progress.task("distil", config.epochs * run.steps_per_epoch) as task:
+            task.advance(run.step)
+            accuracy = run.train(test, task)
+        run.save()
     metrics = {"data": train.name, "images": len(train), "config": asdict(config), **accuracy}
     program.record("distilled", run.seconds, metrics, config.seed)
     return program
@@ -130,13 +136,15 @@ def discard_checkpoint(folder: Path) -> None:
 class _Training:
     """The state of one run, all of it in a checkpoint."""
 
-    def __init__(self, program: Program, train: Images, config: DistillConfig, folder: Path) -> None:
+    def __init__(
+        self, program: Program, train: Images, config: DistillConfig, folder: Path, device: torch.device
+    ) -> None:
         assert program.student is not None
-        self.program, self.images, self.config, self.folder = program, train, config, folder
+        self.program, self.images, self.config, self.folder, self.device = program, train, config, folder, device
         self.paired = pairs(program)
         self.student = program.student
         # The program keeps the original CNN: accuracy is always reported against that one.
-        self.teacher = copy.deepcopy(program.teacher)
+        self.teacher = copy.deepcopy(program.teacher).to(device)
         self.teaching_pairs = [self.teacher.get_submodule(pair.name) for pair in self.paired]
         self.batch_size = min(config.batch_size, len(train))
         self.steps_per_epoch = len(train) // self.batch_size
@@ -146,6 +154,8 @@ class _Training:
         torch.manual_seed(config.seed)
         channels = [pair.adder.out_channels for pair in self.paired]
         self.features = None if config.feature_loss == "none" else FeatureLoss(channels, config.feature_loss)
+        if self.features is not None:
+            self.features.to(device)
         self.adder_weights = [pair.adder.weight for pair in self.paired]
         self.optimizer = self._student_optimizer()
         self.teacher_optimizer = (
@@ -251,7 +261,7 @@ class _Training:
             pixels = augment(pixels, _generator(self.config.seed, epoch, at + 1), pad=pad, flip=self.images.flip)
         assert self.images.labels is not None
         x = normalise(pixels, self.program.preprocess).contiguous(memory_format=torch.channels_last)
-        return x, self.images.labels[chosen]
+        return x.to(self.device), self.images.labels[chosen].to(self.device)
 
     def _train_mode(self) -> None:
         self.student.train()

@@ -23,7 +23,7 @@ def usable(x: Tensor) -> bool:
 
 
 def obstacle(device: torch.device, dtype: str = "float32") -> str | None:
-    """Why the kernels cannot be used on a CUDA device; ``None`` if they can."""
+    """Why the kernels cannot be used on a CUDA device, after a trial of them; ``None`` if they can."""
     if torch.version.cuda is None:
         return "this torch is not made for CUDA"
     try:
@@ -32,10 +32,11 @@ def obstacle(device: torch.device, dtype: str = "float32") -> str | None:
         missing = build.lacking()
         if missing and not all(build.present(variant, arch) for variant in wanted):
             return f"{missing} here to compile them, and they are not prebuilt for {arch}"
-        driver.load(wanted[-1], device)
+        from anncvt.runtime.kernels.cuda import trial
+
+        return trial.disagreement(device, getattr(torch, dtype))
     except (AnncvtError, RuntimeError, OSError) as error:
         return first_line(error)
-    return None
 
 
 @functools.cache

@@ -27,16 +27,20 @@ from anncvt.runtime.kernels.cuda.variant import Variant
 
 OLDEST = 75
 """The oldest architecture that the source is written for."""
+_GENERATORS = ("depthwise", "emit", "prelude", "source", "tiles", "variant", "weights")
 _NVRTC = ("libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12", "nvrtc64_130_0.dll", "nvrtc64_120_0.dll")
 
 
-def cubin(variant: Variant, arch: str) -> bytes:
+def cubin(variant: Variant, arch: str, folder: Path | None = None) -> bytes:
     """The kernel for an architecture, from disk, else compiled (one to several seconds) and kept.
+
+    Args:
+        folder: where; that of compiled kernels if not told.
 
     Raises:
         AnncvtError: it is not on disk, and TVM or a CUDA compiler is missing, or the compiler refuses.
     """
-    path = path_of(variant, arch)
+    path = path_of(variant, arch, folder)
     if store.intact(path):
         store.used(path)
         return path.read_bytes()[:-32]
@@ -55,13 +59,13 @@ def cubin(variant: Variant, arch: str) -> bytes:
     return content
 
 
-def present(variant: Variant, arch: str) -> bool:
+def present(variant: Variant, arch: str, folder: Path | None = None) -> bool:
     """Whether the kernel is on disk."""
-    return store.intact(path_of(variant, arch))
+    return store.intact(path_of(variant, arch, folder))
 
 
 def build(
-    wanted: Iterable[Variant], archs: Iterable[str], *, workers: int | None = None, progress: Progress = SILENT
+    wanted: Iterable[Variant], archs: Iterable[str], *, folder: Path | None = None, progress: Progress = SILENT
 ) -> list[Path]:
     """Compile what is not there yet, several at a time; the files, for copying.
 
@@ -71,14 +75,14 @@ def build(
     pairs = [(variant, checked(arch)) for arch in archs for variant in wanted]
     with (
         progress.task("compile CUDA kernels", len(pairs)) as task,
-        ThreadPoolExecutor(workers or os.cpu_count()) as pool,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
-        for _ in pool.map(lambda pair: cubin(*pair), pairs):
+        for _ in pool.map(lambda pair: cubin(*pair, folder), pairs):
             task.advance()
-    lost = next((pair for pair in pairs if not present(*pair)), None)
-    if lost is not None:
-        raise AnncvtError("cannot write compiled kernels", where=str(store.folder()), fix="set ANNCVT_CACHE")
-    return [path_of(*pair) for pair in pairs]
+    if not all(present(*pair, folder) for pair in pairs):
+        place = str(folder or store.folder())
+        raise AnncvtError("cannot write compiled kernels", where=place, fix="choose a writable place with -o")
+    return [path_of(*pair, folder) for pair in pairs]
 
 
 def checked(arch: str) -> str:
@@ -93,10 +97,10 @@ def checked(arch: str) -> str:
     return f"sm_{match.group(1)}"
 
 
-def path_of(variant: Variant, arch: str) -> Path:
+def path_of(variant: Variant, arch: str, folder: Path | None = None) -> Path:
     """The file of a kernel, whether it exists or not. Its name tells the generators it was made by."""
-    identity = f"{variant!r} {arch} {_sources()}"
-    return store.folder() / f"{variant.name}-{arch}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.cubin"
+    made_by = hashlib.sha256(f"{variant!r} {arch} {_sources()}".encode()).hexdigest()[:16]
+    return (folder or store.folder()) / f"{variant.name}-{arch}-{made_by}.cubin"
 
 
 def lacking() -> str | None:
@@ -172,5 +176,7 @@ def _nvrtc() -> ctypes.CDLL | None:
 
 @functools.cache
 def _sources() -> str:
-    content = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    """What the generated code depends on, and not how it is launched."""
+    here = Path(__file__).parent
+    content = b"".join((here / f"{name}.py").read_bytes() for name in _GENERATORS)
     return hashlib.sha256(content).hexdigest()

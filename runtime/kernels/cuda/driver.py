@@ -10,13 +10,15 @@ import ctypes
 import functools
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from anncvt.runtime.kernels.cuda import build
 from anncvt.runtime.kernels.cuda.variant import Variant
+
+Argument = ctypes.c_void_p | ctypes.c_float | ctypes.c_int
 
 _lock = threading.Lock()
 _loaded: dict[tuple[Variant, int], ctypes.c_void_p] = {}
@@ -34,16 +36,28 @@ def launch(
     """
     device = tensors["x"].device
     values = {**numbers, **dict(zip(("grid_x", "grid_y", "grid_z"), grid, strict=True))}
-    arguments: list[ctypes.c_void_p | ctypes.c_float | ctypes.c_int] = [
-        ctypes.c_void_p(tensors[name].data_ptr()) for name in variant.pointers
-    ]
+    arguments: list[Argument] = [ctypes.c_void_p(tensors[name].data_ptr()) for name in variant.pointers]
     for name in variant.numbers:
         arguments.append(ctypes.c_float(values[name]) if name == "sharpness" else ctypes.c_int(int(values[name])))
+    enqueue(load(variant, device), grid, variant.tile.threads, arguments, device)
+
+
+def enqueue(
+    function: ctypes.c_void_p,
+    grid: tuple[int, int, int],
+    threads: int,
+    arguments: Sequence[Argument],
+    device: torch.device,
+) -> None:
+    """Launch a function of :func:`function_of` on the current stream.
+
+    Raises:
+        RuntimeError: the driver refuses it.
+    """
     pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
     with torch.cuda.device(device):
         stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-        function = load(variant, device)
-        _check(_driver().cuLaunchKernel(function, *grid, variant.tile.threads, 1, 1, 0, stream, pointers, None))
+        _check(_driver().cuLaunchKernel(function, *grid, threads, 1, 1, 0, stream, pointers, None))
 
 
 def load(variant: Variant, device: torch.device) -> ctypes.c_void_p:
@@ -57,15 +71,24 @@ def load(variant: Variant, device: torch.device) -> ctypes.c_void_p:
     found = _loaded.get(key)
     if found is not None:
         return found
-    with _lock, torch.cuda.device(device):
+    with _lock:
         if key not in _loaded:
-            torch.cuda.current_stream(device).cuda_stream  # noqa: B018  (makes the device's context the current one)
-            image = build.cubin(variant, architecture(device))
-            module, function = ctypes.c_void_p(), ctypes.c_void_p()
-            _check(_driver().cuModuleLoadData(ctypes.byref(module), image))
-            _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, variant.name.encode()))
-            _loaded[key] = function
+            _loaded[key] = function_of(build.cubin(variant, architecture(device)), variant.name, device)
         return _loaded[key]
+
+
+def function_of(cubin: bytes, name: str, device: torch.device) -> ctypes.c_void_p:
+    """A function of a cubin, loaded for as long as the process lives.
+
+    Raises:
+        RuntimeError: the driver refuses it.
+    """
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    with torch.cuda.device(device):
+        torch.cuda.synchronize(device)  # makes the device's context the current one, if it is not yet
+        _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin))
+        _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
+    return function
 
 
 def architecture(device: torch.device) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import re
 import shutil
 import subprocess
@@ -134,6 +135,25 @@ def test_prebuilding_for_several_architectures(folder):
     paths = build.build([SMALL], ["sm_80", "90"])
     assert sorted(path.name.split("-")[1] for path in paths) == ["sm_80", "sm_90"]
     assert all(store.intact(path) for path in paths)
+
+
+@needs_compiler
+def test_prebuilding_by_the_command_line(folder, monkeypatch, tmp_path):
+    from click.testing import CliRunner
+
+    from anncvt.cli import cli
+
+    monkeypatch.setattr("anncvt.runtime.kernels.cuda.variant.variants", lambda dtypes: [SMALL])
+    chosen = ["--arch", "sm_90", "-o", str(tmp_path / "there")]
+    done = CliRunner().invoke(cli, ["kernels", "build", *chosen, "--json"])
+    assert done.exit_code == 0
+    answer = json.loads(done.stdout)
+    (path,) = (tmp_path / "there").iterdir()
+    assert answer == {"folder": str(path.parent), "files": [path.name], "bytes": path.stat().st_size}
+    assert not folder.exists()
+    refused = CliRunner().invoke(cli, ["kernels", "build", *chosen, "--dtype", "float64"])
+    assert refused.exit_code == 1
+    assert "no kernels for images of type 'float64'" in refused.stderr
 
 
 @needs_compiler

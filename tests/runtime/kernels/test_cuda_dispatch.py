@@ -16,7 +16,7 @@ from cuda_emulator import COMPILER, Emulator
 from anncvt.nn import AdderConv2d
 from anncvt.runtime import kernels, warmup
 from anncvt.runtime.kernels import cuda
-from anncvt.runtime.kernels.cuda import build, driver, launch, variant
+from anncvt.runtime.kernels.cuda import build, driver, launch, trial, variant
 
 needs_emulator = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")
 CASE = Case(channels=16, outputs=16, size=(9, 10), layout="nhwc")
@@ -25,8 +25,9 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def emulated(monkeypatch) -> Emulator:
-    """The op takes the CUDA kernels for the CPU's tensors."""
+    """The op takes the CUDA kernels for the CPU's tensors; of their tiles the smallest."""
     emulator = Emulator()
+    monkeypatch.setattr(variant, "TILES", {kind: tiles[-1:] for kind, tiles in variant.TILES.items()})
     monkeypatch.setattr(launch, "driver", emulator)
     monkeypatch.setattr(kernels, "usable", lambda x: x.dtype in (torch.float32, torch.float16, torch.bfloat16))
     monkeypatch.setattr(kernels, "compiled", lambda x: launch)
@@ -134,7 +135,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("ANNCVT_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(driver, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(driver, "load", lambda chosen, device: None)
+    monkeypatch.setattr(trial, "disagreement", lambda device, dtype: None)
     cuda._ready.cache_clear()
     yield
     cuda._ready.cache_clear()
@@ -157,13 +158,24 @@ def test_prebuilt_kernels_need_no_compiler(gpu, monkeypatch):
     assert "not prebuilt" in str(cuda.obstacle(GPU, "float16"))
 
 
+@needs_emulator
+def test_a_trial_finds_kernels_that_are_wrong(emulated, monkeypatch):
+    cpu = torch.device("cpu")
+    assert trial.disagreement(cpu, torch.float32) is None
+    right = launch.input_gradient
+    monkeypatch.setattr(launch, "input_gradient", lambda *a: right(*a[:-1], "full"))
+    assert trial.disagreement(cpu, torch.float32) == (
+        "the exact input gradient of a layer of 20 channels differs from that of plain torch"
+    )
+
+
 def test_kernels_that_do_not_load_are_not_used(gpu, monkeypatch):
-    def refuse(chosen, device):
+    def refuse(device, dtype):
         raise RuntimeError("CUDA driver: no kernel image is available (209)")
 
     monkeypatch.setattr(build, "lacking", lambda: None)
     assert cuda.obstacle(GPU) is None
-    monkeypatch.setattr(driver, "load", refuse)
+    monkeypatch.setattr(trial, "disagreement", refuse)
     assert "no kernel image" in str(cuda.obstacle(GPU))
     monkeypatch.setattr(driver, "architecture", lambda device: "sm_61")
     assert "no architecture that kernels are made for" in str(cuda.obstacle(GPU))

@@ -1,0 +1,49 @@
+"""Where networks are trained and evaluated: the CPU or an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from anncvt.errors import AnncvtError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def choose(name: str) -> torch.device:
+    """The device called ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; ``"auto"``: a GPU where there is one.
+
+    Raises:
+        AnncvtError: there is no such device.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise AnncvtError(f"no device {name!r}", fix="name cpu, cuda, cuda:1 or auto") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        built = "no GPU is visible" if torch.version.cuda else f"this torch ({torch.__version__}) is made for CPUs"
+        raise AnncvtError(f"no device {name!r}: {built}", fix="--device cpu, or install torch for CUDA")
+    return device
+
+
+@contextlib.contextmanager
+def on(device: torch.device, *networks: nn.Module | None) -> Iterator[None]:
+    """Networks on ``device`` for the duration of the ``with`` block, then where they were, on the CPU."""
+    try:
+        for network in networks:
+            if network is not None:
+                network.to(device)
+        yield
+    finally:
+        for network in networks:
+            if network is not None:
+                network.to("cpu")

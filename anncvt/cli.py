@@ -134,7 +134,9 @@ def evaluate(model: str, split: str, batch_size: int, max_drop: float | None, **
     from anncvt import api, report
 
     with working() as progress:
-        measured = api.evaluate(model, _data(rest), split=split, batch_size=batch_size, progress=progress)
+        measured = api.evaluate(
+            model, _data(rest), split=split, batch_size=batch_size, device=rest["device"], progress=progress
+        )
     answer(measured, report.accuracy(measured))
     if max_drop is not None:
         api.gate(measured, max_drop)
@@ -372,6 +374,35 @@ def report(folder: str, output: str | None, energy_table: str | None, **rest: An
     if facts["plan"]:
         shown += [tables.layers(facts), tables.energy(facts["costs"])]
     answer(facts, *shown, f"wrote {facts['path']}")
+
+
+@cli.command(epilog="Example: anncvt kernels build --arch sm_80,sm_90 -o kernels")
+@click.argument("action", type=click.Choice(["build"]))
+@click.option("--arch", required=True, metavar="SM", help="Architectures of GPUs, separated by commas: sm_80,sm_90.")
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    metavar="TYPE",
+    help="Of images: float32, float16, bfloat16, or several, separated by commas.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to.  [default: the cache of kernels]")
+@options.common
+def kernels(action: str, arch: str, dtype: str, output: Path | None) -> None:
+    """Compile the CUDA kernels for GPUs that are elsewhere.
+
+    They serve layers of any shape. Needs TVM, and NVRTC or nvcc, but no GPU. Where they go, name the folder in
+    ANNCVT_CACHE.
+    """
+    from anncvt import api
+
+    with working() as progress:
+        paths = api.build_kernels(arch.split(","), dtype.split(","), output=output, progress=progress)
+    size = sum(path.stat().st_size for path in paths)
+    answer(
+        {"folder": str(paths[0].parent), "files": [path.name for path in paths], "bytes": size},
+        f"wrote {len(paths)} kernels, {size / 2**20:.1f} MiB, to {paths[0].parent}",
+    )
 
 
 LAYERS = ("keep", "swap", "policy", "plan_file", "linear", "dump")

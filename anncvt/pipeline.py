@@ -33,6 +33,7 @@ from anncvt.stream import Stream
 from anncvt.zoo import ZOOS
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from anncvt.pkkd import DistillConfig
@@ -93,6 +94,7 @@ def convert(
     resume: bool = False,
     force: bool = False,
     dump: Path | None = None,
+    device: torch.device | None = None,
     options: Mapping[str, Any],
     progress: Progress = SILENT,
 ) -> Program:
@@ -141,7 +143,7 @@ def convert(
         folder.save(program, output)
         discard_checkpoint(output)
     if training is not None and not reached(program, "distilled"):
-        program = distil(program, output, training, yardstick, config, resume=resume, progress=progress)
+        program = distil(program, output, training, yardstick, config, resume=resume, device=device, progress=progress)
     return program
 
 
@@ -154,11 +156,13 @@ def distil(
     *,
     resume: bool,
     integers: IntegerNetwork | None = None,
+    device: torch.device | None = None,
     progress: Progress,
 ) -> Program:
     """Distil, measure, save.
 
     Args:
+        device: where to train, see :func:`anncvt.pkkd.distill`.
         integers: train for these: the student computes on their grids meanwhile.
     """
     from anncvt import pkkd
@@ -178,6 +182,7 @@ def distil(
             folder=output,
             teacher_top1=None if yardstick.teacher is None else yardstick.teacher["top1"],
             resume=resume,
+            device=device,
             progress=progress,
         )
     if launch.rank() > 0:

@@ -106,7 +106,7 @@ def loader(options: argparse.Namespace) -> None:
     place, alone = Path(tempfile.gettempdir()), Processes()
     batches = Batches(stream, program.preprocess, config, alone)
     held = open_images("synthetic", "train", program.preprocess, limit=2 * options.batch_size)
-    run, steps = Training(program, held, config, place, alone), iter(range(10**6))
+    run, steps = Training(program, held, config, place, alone, torch.device("cpu")), iter(range(10**6))
     calls: dict[str, Callable[[], object]] = {"loader": lambda: list(batches.parts(next(steps))), "step": run.advance}
     with gradients(run.paired, config.gradient):
         seconds = interleaved(calls, options.repeats, CLOCKS["cpu"])
@@ -135,7 +135,7 @@ def step_of(name: str, batch: int) -> Callable[[], None]:
         return plain
     program = rewrite(anncvt.plan(program))
     config = DistillConfig(epochs=1000, batch_size=batch, lr=1e-4, **COSTS[name]).settled()
-    run = Training(program, images, config, Path(tempfile.gettempdir()), Processes())
+    run = Training(program, images, config, Path(tempfile.gettempdir()), Processes(), torch.device("cpu"))
 
     def step() -> None:
         with gradients(run.paired, config.gradient):

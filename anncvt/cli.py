@@ -73,6 +73,8 @@ def convert(model: str, output: Path | None, dry_run: bool, max_drop: float | No
     """
     from anncvt import api, report
 
+    if rest["distill"] is None:
+        _refuse_training(rest, "--distill")
     loading = _loading({name: rest.pop(name) for name in LOADING})
     if dry_run:
         with working() as progress:
@@ -167,9 +169,8 @@ def quantize(folder: str, bits: str, **rest: Any) -> None:
     """
     from anncvt import api, report
 
-    training = [name for name in ("epochs", "batch_size", "lr") if rest[name] is not None]
-    if training and not rest["qat"]:
-        raise click.UsageError(f"--{training[0].replace('_', '-')} is for the training of --qat.")
+    if not rest["qat"]:
+        _refuse_training(rest, "--qat")
     seed = rest["seed"]
     with working() as progress:
         result = api.quantize(folder, _data(rest), bits=int(bits), seed=seed, **rest, progress=progress)
@@ -221,8 +222,6 @@ def export(
 
     with working() as progress:
         if form == "onnx":
-            if int8 and fuse:
-                raise click.UsageError("--fuse is for floats: integers come with their requantisation.")
             path = api.export(folder, output, integers=int8, opset=opset, body=body, fuse=fuse, progress=progress)
             answer(_file(path), f"wrote {path}")
         else:
@@ -381,6 +380,13 @@ LOADING = ("arch", "arch_args", "input_size", "mean", "std", "trust_pickle")
 
 def _loading(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "arch_args": dict(values["arch_args"])}
+
+
+def _refuse_training(values: dict[str, Any], needed: str) -> None:
+    """Options of the training do nothing without ``needed``."""
+    given = next((name for name in options.TRAINING if values.get(name) is not None), None)
+    if given is not None:
+        raise click.UsageError(f"--{given.replace('_', '-')} is for the training of {needed}.")
 
 
 def _data(values: dict[str, Any]) -> Any:

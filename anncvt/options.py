@@ -255,6 +255,8 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "images": ("augment", "transform", "label_smoothing", "mixup", "cutmix"),
     "course": ("sync_bn", "select", "stop_within", "patience", "tensorboard", "checkpoint_seconds"),
 }  # fmt: skip
+#: Names of all hyper-parameters of distillation.
+TRAINING = tuple(_HELP)
 _WHOLE = ("epochs", "batch_size", "accumulate", "patience")
 _DEFAULTS = {"teacher_lr": "--lr", "init": "oneshot; fresh with --teacher scratch"}
 

@@ -112,7 +112,10 @@ def convert(
     yardstick = Yardstick.find(program, training or calibration, required=training is not None, progress=progress)
     images = None
     # A student that starts from other weights has no use for a calibration.
-    pointless = training is not None and config.settled().init != "oneshot"
+    init = config.settled().init
+    pointless = training is not None and init != "oneshot"
+    if pointless and not reached(program, "distilled"):
+        progress.note(f"no calibration: the adder network starts {init} (--init)")
     if not pointless and not reached(program, "calibrated"):
         images = calibration.open(
             "train", program.preprocess, at_most=CALIBRATION_IMAGES, labelled=False, progress=progress

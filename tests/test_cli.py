@@ -93,6 +93,13 @@ class TestChain:
         stages = [row["stage"] for row in reported["history"] if row["stage"] not in ("data", "evaluated")]
         assert stages == ["loaded", "planned", "rewritten", "calibrated", "distilled"]
 
+    def test_a_library_for_onnxruntime(self, converted):
+        answered("export", converted, "--fuse")
+        path = answered("compile", converted, "--for", "onnxruntime", "--target", "cpu")["path"]
+        assert path == str(converted / "libanncvt_ort.so")
+        checked = answered("check", converted, "--limit", 4)
+        assert checked["ok"] is True and set(checked["backends"]) == {"onnxruntime"}
+
     def test_people_see_tables(self, converted, picture):
         assert "teacher (CNN)" in anncvt("evaluate", converted, "--limit", 20).stdout
         assert "layer3.conv2" in anncvt("plan", converted).stdout
@@ -274,6 +281,13 @@ class TestBadInput:
     def test_not_a_folder(self, tmp_path, verb):
         assert "nothing.ann" in self.refused(tmp_path, verb, tmp_path / "nothing.ann")
 
+    def test_nothing_to_build_a_library_for(self, converted):
+        assert "anncvt export" in self.refused(converted.parent, "compile", converted, "--for", "onnxruntime")
+        for flag in (["--int8"], ["--batch", 8]):
+            message = self.refused(converted.parent, "compile", converted, "--for", "onnxruntime", *flag, code=2)
+            assert "are for TVM" in message
+        assert "not fused" in self.refused(converted.parent, "export", converted, "--int8", "--fuse")
+
     def test_nothing_to_check(self, converted):
         assert "anncvt export" in self.refused(converted.parent, "check", converted, "--limit", 4)
 
@@ -353,3 +367,19 @@ def test_a_closed_pipe_is_silent(converted):
     command = f"{sys.executable} -m anncvt report -q {converted} | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=converted.parent)
     assert done.stderr == "" and done.stdout == ""
+
+
+@pytest.mark.parametrize("option", [("--epochs", 2), ("--ema", 0.9), ("--no-augment",)])
+def test_options_of_a_training_that_is_not_asked_for_are_refused(tmp_path, option):
+    shown = anncvt("convert", *DIGITS, *BRIEF, "-o", tmp_path / "x.ann", *option, code=2).stderr
+    assert "is for the training of --distill" in shown and not any(tmp_path.iterdir())
+
+
+def test_a_network_that_starts_afresh_is_not_calibrated(tmp_path):
+    brief = ["--distill", "digits", "--limit", "64", "--batch-size", "32", "--init", "fresh", "--ema", "0.5"]
+    done = answered("convert", *DIGITS, *brief, "-o", tmp_path / "x.ann")
+    stages = [row["stage"] for row in done["history"]]
+    assert "distilled" in stages and "calibrated" not in stages
+    config = next(row["metrics"]["config"] for row in done["history"] if row["stage"] == "distilled")
+    assert config["init"] == "fresh" and config["ema"] == 0.5
+    assert 'init = "fresh"' in (tmp_path / "x.ann" / "train" / "config.toml").read_text()

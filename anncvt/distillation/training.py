@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import math
 import time
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from anncvt.copies import copied
 from anncvt.distillation import checkpoint
 from anncvt.distillation.batches import Batch, Batches, mixed_seed
 from anncvt.distillation.config import DistillConfig
@@ -65,7 +65,7 @@ class Training:
         torch.manual_seed(config.seed)
         self.student = initialise(program, config.init or "")
         # The program keeps the original CNN: accuracy is always reported against that one.
-        self.teacher = copy.deepcopy(program.teacher)
+        self.teacher = copied(program.teacher)
         self.teacher_learns = config.teacher != "frozen"
         if config.teacher == "scratch":
             reset(self.teacher)

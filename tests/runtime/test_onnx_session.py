@@ -5,13 +5,17 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+import torch
 from native import compiled_calls
+from networks import ZeroPadded
 from onnx import numpy_helper
+from quantized import adder_program, noise
 from tiny import SIZE, tiny_program
 
 from anncvt.errors import AnncvtError
-from anncvt.runtime import artifact, onnx_native
-from anncvt.runtime.onnx import export, run, session
+from anncvt.passes.quantize import QuantizeConfig, quantize
+from anncvt.runtime import artifact, integer_network, onnx_native
+from anncvt.runtime.onnx import export, export_integers, run, session
 from anncvt.runtime.onnx_session import VARIABLE
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -60,6 +64,24 @@ def test_the_library_beside_the_model_is_taken(folder, images):
     found = run(native, images)
     assert compiled_calls(folder / onnx_native.LIBRARY) == before + len(images)
     np.testing.assert_allclose(found, run(stock, images), rtol=1e-4, atol=1e-5)
+
+
+def test_integers_bit_for_bit(tmp_path):
+    program = adder_program(ZeroPadded(), 8)
+    program.folder = str(tmp_path)
+    network = quantize(program, noise(16, SIZE), QuantizeConfig(bits=5))
+    integer_network.save(network, program.folder)
+    path = export_integers(program, tmp_path / "model.int8.onnx")
+    library = onnx_native.build([path], tmp_path / onnx_native.LIBRARY, target="cpu")
+    native, test = session(path), noise(3, SIZE, 5)
+    assert native.anncvt.native
+    images = test.batch(torch.arange(len(test)), program.preprocess).numpy()
+    before = compiled_calls(library)
+    logits = run(native, images)
+    adders = sum(step.op == "adder" for step in network.steps)
+    assert compiled_calls(library) - before == adders * len(images) > 0
+    expected = integer_network.run(network, test.pixels.numpy()) * np.float32(network.steps[-1].grid.scale)
+    np.testing.assert_array_equal(logits, expected.reshape(logits.shape))
 
 
 def test_registering_again_is_harmless(folder, images):

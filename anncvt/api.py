@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anncvt import launch, pipeline
+from anncvt import devices, launch, pipeline
 from anncvt.errors import AnncvtError
 from anncvt.measure import DataChoice, accuracy, chosen, gate, remember, require_parity
 from anncvt.program import Program
@@ -25,6 +25,7 @@ __all__ = [
     "DataChoice",
     "accuracy",
     "bench",
+    "build_kernels",
     "check",
     "check_integers",
     "compile",
@@ -143,6 +144,7 @@ def convert(
     lr: float | None = None,
     config: DistillConfig | None = None,
     seed: int = 0,
+    device: str = "auto",
     resume: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
@@ -167,6 +169,7 @@ def convert(
         epochs, batch_size, lr: of the distillation; they win over ``config``.
         config: all hyper-parameters of the distillation.
         seed: of sampling, order and augmentation (of the distillation only where there is no ``config``).
+        device: where to distil: "cpu", "cuda", or "auto", a GPU where there is one. Calibration is on the CPU.
         resume: go on where the conversion in ``output`` stopped.
         force: replace the program in ``output``.
         training: further fields of :class:`~anncvt.pkkd.DistillConfig`, which win over ``config``.
@@ -197,6 +200,7 @@ def convert(
         resume=resume,
         force=force,
         dump=None if dump is None else Path(dump),
+        device=devices.choose(device),
         options={
             "arch": arch,
             "arch_args": arch_args,
@@ -218,6 +222,7 @@ def distill(
     lr: float | None = None,
     config: DistillConfig | None = None,
     seed: int = 0,
+    device: str = "auto",
     resume: bool = False,
     progress: Progress = SILENT,
     **training: Any,
@@ -228,7 +233,7 @@ def distill(
 
     Args:
         data: DATA with labels; default: that of the conversion.
-        epochs, batch_size, lr, config, seed, training: see :func:`convert`.
+        epochs, batch_size, lr, config, seed, device, training: see :func:`convert`.
         resume: go on from the last training checkpoint in the folder.
 
     Raises:
@@ -245,7 +250,10 @@ def distill(
     if launch.rank() == 0:
         yardstick = pipeline.Yardstick.find(program, choice, required=True, progress=progress)
     remember(program, distill=choice)
-    return pipeline.distil(program, Path(program.folder), choice, yardstick, settings, resume=resume, progress=progress)
+    where = devices.choose(device)
+    return pipeline.distil(
+        program, Path(program.folder), choice, yardstick, settings, resume=resume, device=where, progress=progress
+    )
 
 
 def evaluate(
@@ -254,6 +262,7 @@ def evaluate(
     *,
     split: str = "test",
     batch_size: int = 256,
+    device: str = "auto",
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Top-1 and top-5 accuracy, ``{"student": {"top1", "top5"}, "teacher": {...}, "images", "data"}`` in percent.
@@ -263,6 +272,7 @@ def evaluate(
     Args:
         data: DATA with labels; default: that of the conversion.
         split: "test" or "train".
+        device: "cpu", "cuda" or "auto", see :func:`convert`. Integer networks run on the CPU.
 
     Raises:
         AnncvtError: no data, no labels, or they do not fit the network.
@@ -275,7 +285,8 @@ def evaluate(
     )
     from anncvt.quantization import evaluate_all
 
-    return evaluate_all(program, images, batch_size=batch_size, progress=progress)
+    with devices.on(devices.choose(device), program.student, program.teacher):
+        return evaluate_all(program, images, batch_size=batch_size, progress=progress)
 
 
 def quantize(
@@ -616,6 +627,37 @@ def _opened(program: Program | str | Path, progress: Progress) -> Program:
 
 def _choice(data: DataChoice | str | None) -> DataChoice | None:
     return DataChoice(data) if isinstance(data, str) else data
+
+
+def build_kernels(
+    archs: Sequence[str],
+    dtypes: Sequence[str] = ("float32",),
+    *,
+    output: str | Path | None = None,
+    progress: Progress = SILENT,
+) -> list[Path]:
+    """Compile the CUDA kernels, for GPUs that are elsewhere; those that are there already stay.
+
+    Args:
+        archs: ``"sm_80"``, ``"sm_90"``, ...
+        dtypes: of images: "float32", "float16", "bfloat16".
+        output: the folder; default: that of compiled kernels. On the other machine ``ANNCVT_CACHE`` names it.
+
+    Returns:
+        The files.
+
+    Raises:
+        AnncvtError: an unknown architecture or type, no compiler, or a folder that cannot be written.
+    """
+    from anncvt.runtime.kernels.cuda import build
+    from anncvt.runtime.kernels.cuda.variant import DTYPES, variants
+
+    unknown = next((dtype for dtype in dtypes if dtype not in DTYPES), None)
+    if unknown is not None:
+        raise AnncvtError(f"no kernels for images of type {unknown!r}", fix=f"choose of {', '.join(DTYPES)}")
+    return build.build(
+        list(variants(dtypes=dtypes)), archs, folder=None if output is None else Path(output), progress=progress
+    )
 
 
 def _distill_config(config: DistillConfig | None, seed: int, **given: Any) -> DistillConfig:

@@ -73,6 +73,8 @@ def convert(model: str, output: Path | None, dry_run: bool, max_drop: float | No
     """
     from anncvt import api, report
 
+    if rest["distill"] is None:
+        _refuse_training(rest, "--distill")
     loading = _loading({name: rest.pop(name) for name in LOADING})
     if dry_run:
         with working() as progress:
@@ -132,7 +134,9 @@ def evaluate(model: str, split: str, batch_size: int, max_drop: float | None, **
     from anncvt import api, report
 
     with working() as progress:
-        measured = api.evaluate(model, _data(rest), split=split, batch_size=batch_size, progress=progress)
+        measured = api.evaluate(
+            model, _data(rest), split=split, batch_size=batch_size, device=rest["device"], progress=progress
+        )
     answer(measured, report.accuracy(measured))
     if max_drop is not None:
         api.gate(measured, max_drop)
@@ -167,9 +171,8 @@ def quantize(folder: str, bits: str, **rest: Any) -> None:
     """
     from anncvt import api, report
 
-    training = [name for name in ("epochs", "batch_size", "lr") if rest[name] is not None]
-    if training and not rest["qat"]:
-        raise click.UsageError(f"--{training[0].replace('_', '-')} is for the training of --qat.")
+    if not rest["qat"]:
+        _refuse_training(rest, "--qat")
     seed = rest["seed"]
     with working() as progress:
         result = api.quantize(folder, _data(rest), bits=int(bits), seed=seed, **rest, progress=progress)
@@ -373,12 +376,48 @@ def report(folder: str, output: str | None, energy_table: str | None, **rest: An
     answer(facts, *shown, f"wrote {facts['path']}")
 
 
+@cli.command(epilog="Example: anncvt kernels build --arch sm_80,sm_90 -o kernels")
+@click.argument("action", type=click.Choice(["build"]))
+@click.option("--arch", required=True, metavar="SM", help="Architectures of GPUs, separated by commas: sm_80,sm_90.")
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    metavar="TYPE",
+    help="Of images: float32, float16, bfloat16, or several, separated by commas.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to.  [default: the cache of kernels]")
+@options.common
+def kernels(action: str, arch: str, dtype: str, output: Path | None) -> None:
+    """Compile the CUDA kernels for GPUs that are elsewhere.
+
+    They serve layers of any shape. Needs TVM, and NVRTC or nvcc, but no GPU. Where they go, name the folder in
+    ANNCVT_CACHE.
+    """
+    from anncvt import api
+
+    with working() as progress:
+        paths = api.build_kernels(arch.split(","), dtype.split(","), output=output, progress=progress)
+    size = sum(path.stat().st_size for path in paths)
+    answer(
+        {"folder": str(paths[0].parent), "files": [path.name for path in paths], "bytes": size},
+        f"wrote {len(paths)} kernels, {size / 2**20:.1f} MiB, to {paths[0].parent}",
+    )
+
+
 LAYERS = ("keep", "swap", "policy", "plan_file", "linear", "dump")
 LOADING = ("arch", "arch_args", "input_size", "mean", "std", "trust_pickle")
 
 
 def _loading(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "arch_args": dict(values["arch_args"])}
+
+
+def _refuse_training(values: dict[str, Any], needed: str) -> None:
+    """Options of the training do nothing without ``needed``."""
+    given = next((name for name in options.TRAINING if values.get(name) is not None), None)
+    if given is not None:
+        raise click.UsageError(f"--{given.replace('_', '-')} is for the training of {needed}.")
 
 
 def _data(values: dict[str, Any]) -> Any:

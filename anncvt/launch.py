@@ -13,3 +13,8 @@ def rank() -> int:
 def count() -> int:
     """How many processes were launched together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """The same among the processes of this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if count() > 1 else 0

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import click
 
+from anncvt.devices import DEVICES
 from anncvt.distillation.config import BOUNDS, BY_OPTIMIZER, CHOICES, OPEN_BOUNDS, DistillConfig
 from anncvt.passes.choice import POLICIES
 
@@ -255,6 +256,8 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "images": ("augment", "transform", "label_smoothing", "mixup", "cutmix"),
     "course": ("sync_bn", "select", "stop_within", "patience", "tensorboard", "checkpoint_seconds"),
 }  # fmt: skip
+#: Names of all hyper-parameters of distillation.
+TRAINING = tuple(_HELP)
 _WHOLE = ("epochs", "batch_size", "accumulate", "patience")
 _DEFAULTS = {"teacher_lr": "--lr", "init": "oneshot; fresh with --teacher scratch"}
 
@@ -296,10 +299,10 @@ def hardware(command: Command) -> Command:
     return _all(
         click.option(
             "--device",
-            type=click.Choice(["auto", "cpu"]),
+            type=click.Choice(DEVICES),
             default="auto",
-            expose_value=False,
-            help="Where to run. auto: the CPU, the only device with kernels so far.",
+            show_default=True,
+            help="Where to train and evaluate. auto: on an NVIDIA GPU where there is one.",
         ),
         threads,
     )(command)

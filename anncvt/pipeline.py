@@ -33,6 +33,7 @@ from anncvt.stream import Stream
 from anncvt.zoo import ZOOS
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from anncvt.pkkd import DistillConfig
@@ -93,6 +94,7 @@ def convert(
     resume: bool = False,
     force: bool = False,
     dump: Path | None = None,
+    device: torch.device | None = None,
     options: Mapping[str, Any],
     progress: Progress = SILENT,
 ) -> Program:
@@ -112,7 +114,10 @@ def convert(
     yardstick = Yardstick.find(program, training or calibration, required=training is not None, progress=progress)
     images = None
     # A student that starts from other weights has no use for a calibration.
-    pointless = training is not None and config.settled().init != "oneshot"
+    init = config.settled().init
+    pointless = training is not None and init != "oneshot"
+    if pointless and not reached(program, "distilled"):
+        progress.note(f"no calibration: the adder network starts {init} (--init)")
     if not pointless and not reached(program, "calibrated"):
         images = calibration.open(
             "train", program.preprocess, at_most=CALIBRATION_IMAGES, labelled=False, progress=progress
@@ -138,7 +143,7 @@ def convert(
         folder.save(program, output)
         discard_checkpoint(output)
     if training is not None and not reached(program, "distilled"):
-        program = distil(program, output, training, yardstick, config, resume=resume, progress=progress)
+        program = distil(program, output, training, yardstick, config, resume=resume, device=device, progress=progress)
     return program
 
 
@@ -151,11 +156,13 @@ def distil(
     *,
     resume: bool,
     integers: IntegerNetwork | None = None,
+    device: torch.device | None = None,
     progress: Progress,
 ) -> Program:
     """Distil, measure, save.
 
     Args:
+        device: where to train, see :func:`anncvt.pkkd.distill`.
         integers: train for these: the student computes on their grids meanwhile.
     """
     from anncvt import pkkd
@@ -175,6 +182,7 @@ def distil(
             folder=output,
             teacher_top1=None if yardstick.teacher is None else yardstick.teacher["top1"],
             resume=resume,
+            device=device,
             progress=progress,
         )
     if launch.rank() > 0:

@@ -9,7 +9,8 @@ with ``L_mid`` of :mod:`anncvt.distillation.features`; the teacher, where it goe
 (:mod:`anncvt.distillation.optimizers`).
 
 The order of the images and their augmentation depend on the seed and the step alone, and a checkpoint holds everything
-else, so a run that was killed and resumed ends with the same bits as one that was not.
+else, so a run that was killed and resumed ends with the same bits as one that was not (on the CPU: libraries for GPUs
+add in any order).
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from anncvt.devices import on
 from anncvt.distillation.checkpoint import BEST, CHECKPOINT, discard_checkpoint
 from anncvt.distillation.config import DistillConfig
 from anncvt.distillation.journal import LOG, Journal
@@ -50,6 +54,7 @@ def distill(
     folder: Path,
     teacher_top1: float | None = None,
     resume: bool = False,
+    device: torch.device | None = None,
     progress: Progress = SILENT,
 ) -> Program:
     """Train the student of a rewritten program; its weights are changed in place and the stage is recorded.
@@ -65,6 +70,7 @@ def distill(
             checkpoint stays until :func:`discard_checkpoint`, so that nothing is lost before the program is saved.
         teacher_top1: of the CNN on ``test``, in percent, for ``config.stop_within``.
         resume: continue from the folder's checkpoint, if there is one.
+        device: where to train, the CPU if not told; afterwards the student is on the CPU.
 
     Raises:
         AnncvtError: no labels, a checkpoint of another configuration, a loss that is not finite, or settings that the
@@ -72,7 +78,8 @@ def distill(
     """
     config, folder = config.settled(), Path(folder)
     needing = next((n for n in ("stop_within", "patience") if getattr(config, n) is not None), None)
-    with joined() as processes:
+    device = device or torch.device("cpu")
+    with joined() as processes, on(device, program.student):
         if needing is not None and processes.first and (test is None or teacher_top1 is None):
             raise AnncvtError(
                 f"{needing} needs labelled test images to measure on",
@@ -80,7 +87,7 @@ def distill(
                 fix=f"name data with a test split, or leave out --{needing.replace('_', '-')}",
             )
         goal = None if config.stop_within is None or teacher_top1 is None else teacher_top1 - config.stop_within
-        run = Training(program, train, config, folder, processes, goal)
+        run = Training(program, train, config, folder, processes, device, goal)
         path = folder / CHECKPOINT
         found = processes.share(path.read_bytes() if resume and processes.first and path.exists() else None)
         if found is not None:

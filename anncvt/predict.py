@@ -62,7 +62,6 @@ def _floats(program: Program, backend: str, path: Path | None) -> Runner:
 
 
 def _integers(program: Program, backend: str, path: Path | None) -> Runner:
-    _require_backend(backend)
     if backend == "torch":
         from anncvt.runtime import integer_network, integer_torch
 
@@ -70,8 +69,7 @@ def _integers(program: Program, backend: str, path: Path | None) -> Runner:
         scale = network.steps[-1].grid.scale
         return lambda pixels: integer_torch.run(network, pixels).numpy() * scale
     if backend == "onnxruntime":
-        exported = _session(path, program, "export DIR --int8")
-        return lambda pixels: exported(normalise(pixels, program.preprocess).numpy())
+        return _normalised(program, _session(path, program, "export DIR --int8"))
     compiled = _loaded(path, program, "compile DIR --int8")
     return lambda pixels: compiled(pixels) * compiled.manifest["output"]["scale"]
 
@@ -81,7 +79,6 @@ def _normalised(program: Program, network: Callable[[np.ndarray], np.ndarray]) -
 
 
 def _network(program: Program, backend: str, path: Path | None) -> Callable[[np.ndarray], np.ndarray]:
-    _require_backend(backend)
     if backend == "torch":
         student = program.student
         if student is None:
@@ -102,11 +99,6 @@ def _session(path: Path | None, program: Program, command: str) -> Callable[[np.
 
     session = onnx.session(_made(path, "onnxruntime", program, command))
     return lambda image: onnx.run(session, image)
-
-
-def _require_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise AnncvtError(f"no such backend: {backend!r}", fix=f"choose one of {', '.join(BACKENDS)}")
 
 
 def _loaded(path: Path | None, program: Program, command: str) -> Model:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from anncvt.measure import accuracy as measured_accuracy
 from anncvt.pipeline import PRODUCTS
@@ -153,14 +154,13 @@ def _known(value: float | None, form: str) -> str:
 
 def predictions(found: Sequence[dict[str, Any]]) -> RenderableType:
     """What :func:`anncvt.run` returns, one table per picture."""
-    tables = []
+    shown: list[RenderableType] = []
     for picture in found:
         table = _table("class", probability="%")
-        table.title = escape(picture["input"])
         for row in picture["top"]:
             table.add_row(escape(row["class"]), f"{100 * row['probability']:.2f}")
-        tables.append(table)
-    return Group(*tables)
+        shown += [Text(picture["input"], overflow="fold"), table]
+    return Group(*shown)
 
 
 def summary(program: Program) -> dict[str, Any]:

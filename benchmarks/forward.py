@@ -107,9 +107,8 @@ def _compiled(layer: Layer, mode: str, x: np.ndarray, weight: np.ndarray) -> Cal
         activation=("relu",),
     )
     target = Deployment.parse("cpu")
-    function = inference.build(spec, tiling(spec, target.accumulators), target.assembly).with_attr(
-        "global_symbol", "main"
-    )
+    cut = tiling(spec, target.accumulators, target.assembly)
+    function = inference.build(spec, cut, target.assembly).with_attr("global_symbol", "main")
     kernel = tvm.compile(tvm.IRModule({"main": function}), target.target)["main"]
     blocks = x.reshape(x.shape[0], -1, kernel_layer.LANES, *size).transpose(0, 1, 3, 4, 2)
     constants = inference.pack(spec, weight, np.ones(layer.outputs), np.zeros(layer.outputs))

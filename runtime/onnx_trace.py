@@ -48,7 +48,7 @@ def run(path: str | Path, network: IntegerNetwork, pixels: Array) -> Trace:
     images = normalise(torch.from_numpy(pixels), preprocess).numpy()
     values = {integers_of(step.name) for step in network.steps}
     values |= {accumulator_of(step.name) for step in network.steps if step.epilogue is not None}
-    found = _values(path, sorted(values), images)
+    found = _values(path, sorted(values), images, untouched.anncvt.library)
     return Trace(
         {step.name: found[integers_of(step.name)] for step in network.steps},
         {step.name: found[accumulator_of(step.name)] for step in network.steps if step.epilogue is not None},
@@ -56,7 +56,8 @@ def run(path: str | Path, network: IntegerNetwork, pixels: Array) -> Trace:
     )
 
 
-def _values(path: str | Path, names: list[str], images: Array) -> dict[str, Array]:
+def _values(path: str | Path, names: list[str], images: Array, library: Path | None) -> dict[str, Array]:
+    """Computed by the same kernels that the file itself gets."""
     import onnx
 
     model = onnx.load(path)
@@ -64,5 +65,5 @@ def _values(path: str | Path, names: list[str], images: Array) -> dict[str, Arra
     model.graph.output.extend(described[name] for name in names)
     with tempfile.TemporaryDirectory(prefix="anncvt-") as folder:
         onnx.save(model, Path(folder, "traced.onnx"))
-        traced = session(Path(folder, "traced.onnx"))
+        traced = session(Path(folder, "traced.onnx"), library=library or "none")
     return dict(zip(names, traced.run(names, {INPUT: images}), strict=True))

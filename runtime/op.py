@@ -42,14 +42,15 @@ def adder2d(
             subgradient, for calibration).
 
     Returns:
-        ``[N, O, H', W']`` in the dtype of ``x``; half types accumulate in float32.
+        ``[N, O, H', W']`` in the dtype of ``x``, also under autocast (``weight`` may keep its float32); half types
+        accumulate in float32.
 
     Raises:
         ValueError: shapes, groups or ``gradient`` do not fit.
     """
     _check(x, weight, groups, gradient)
-    a, b = _compute(x, weight)
-    return _like(_implementation(a).forward(a, b, stride, padding, dilation, groups), x)
+    implementation, a = _implementation(x)
+    return _like(implementation.forward(a, weight.to(_compute_dtype(x)), stride, padding, dilation, groups), x)
 
 
 @adder2d.register_fake
@@ -79,15 +80,15 @@ def adder2d_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`adder2d` for ``x`` and ``weight``; one that is not needed comes back empty."""
-    g, a = grad.to(_compute_dtype(x)), x.to(_compute_dtype(x))
-    w = weight.to(a.dtype)
+    implementation, a = _implementation(x)
+    g, w = grad.to(a.dtype), weight.to(_compute_dtype(x))
     config = (stride, padding, dilation, groups)
-    implementation = _implementation(a)
     dx, dw = x.new_empty(0), weight.new_empty(0)
     if need_x:
         dx = _like(implementation.input_gradient(g, a, w, *config, gradient), x)
     if need_weight and gradient == "full":
-        dw = fallback.full_weight_gradient(g, a, w, *config).to(weight.dtype).contiguous()
+        # In full precision whatever the kernels take: it is a difference of large sums.
+        dw = fallback.full_weight_gradient(grad.to(w.dtype), x.to(w.dtype), w, *config).to(weight.dtype).contiguous()
     elif need_weight:
         dw = implementation.exact_weight_gradient(g, a, w, *config).to(weight.dtype).contiguous()
     return dx, dw
@@ -138,18 +139,18 @@ def _check(x: Tensor, weight: Tensor, groups: int, gradient: str) -> None:
         raise ValueError(f"adder2d: gradient must be one of {GRADIENTS}, got {gradient!r}")
 
 
-def _implementation(x: Tensor) -> ModuleType:
-    """Compiled kernels where they take ``x``, plain torch elsewhere; both have the same functions."""
-    return kernels.compiled() if kernels.usable(x) else fallback
+def _implementation(x: Tensor) -> tuple[ModuleType, Tensor]:
+    """Compiled kernels where they take ``x``, plain torch elsewhere; both have the same functions. And ``x`` as these
+    take it: GPU kernels read half types as they are.
+    """
+    if kernels.usable(x):
+        return kernels.compiled(x), x
+    wide = x.to(_compute_dtype(x))
+    return (kernels.compiled(wide) if kernels.usable(wide) else fallback), wide
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _compute(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = _compute_dtype(x)
-    return x.to(dtype), weight.to(dtype)
 
 
 def _layout(x: Tensor) -> torch.memory_format:

@@ -18,7 +18,7 @@ def compile_kernels(network: nn.Module, input_size: Sequence[int], progress: Pro
     """Run every adder layer of ``network`` forward and backward once, on one image of zeros.
 
     Kernels serve any batch size and stay in memory and on disk; without this each is compiled when a first training
-    step meets it. Does nothing where no compiled kernel would be used.
+    step meets it. Does nothing where no compiled kernel would be used, but says so on a GPU, where it should.
 
     Args:
         network: whose adder layers have the ``gradient`` they will be trained with.
@@ -26,7 +26,15 @@ def compile_kernels(network: nn.Module, input_size: Sequence[int], progress: Pro
     """
     parameter = next(network.parameters(), None)
     adders = [m for m in network.modules() if isinstance(m, AdderConv1d | AdderConv2d | AdderConv3d)]
-    if not adders or parameter is None or not kernels.usable(parameter):
+    if not adders or parameter is None:
+        return
+    if not kernels.usable(parameter):
+        if parameter.device.type == "cuda":
+            from anncvt.runtime.kernels import cuda
+
+            progress.note(
+                f"training on {parameter.device} with slow pure-torch kernels: {cuda.obstacle(parameter.device)}"
+            )
         return
     with progress.task("compile kernels", len(adders)) as task:
 
@@ -39,7 +47,7 @@ def compile_kernels(network: nn.Module, input_size: Sequence[int], progress: Pro
         hooks = [adder.register_forward_hook(train_once) for adder in adders]
         try:
             with eval_mode(network), torch.no_grad():
-                network(torch.zeros(1, *input_size))
+                network(torch.zeros(1, *input_size, device=parameter.device))
         finally:
             for hook in hooks:
                 hook.remove()

@@ -367,3 +367,19 @@ def test_a_closed_pipe_is_silent(converted):
     command = f"{sys.executable} -m anncvt report -q {converted} | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=converted.parent)
     assert done.stderr == "" and done.stdout == ""
+
+
+@pytest.mark.parametrize("option", [("--epochs", 2), ("--ema", 0.9), ("--no-augment",)])
+def test_options_of_a_training_that_is_not_asked_for_are_refused(tmp_path, option):
+    shown = anncvt("convert", *DIGITS, *BRIEF, "-o", tmp_path / "x.ann", *option, code=2).stderr
+    assert "is for the training of --distill" in shown and not any(tmp_path.iterdir())
+
+
+def test_a_network_that_starts_afresh_is_not_calibrated(tmp_path):
+    brief = ["--distill", "digits", "--limit", "64", "--batch-size", "32", "--init", "fresh", "--ema", "0.5"]
+    done = answered("convert", *DIGITS, *brief, "-o", tmp_path / "x.ann")
+    stages = [row["stage"] for row in done["history"]]
+    assert "distilled" in stages and "calibrated" not in stages
+    config = next(row["metrics"]["config"] for row in done["history"] if row["stage"] == "distilled")
+    assert config["init"] == "fresh" and config["ema"] == 0.5
+    assert 'init = "fresh"' in (tmp_path / "x.ann" / "train" / "config.toml").read_text()

@@ -30,6 +30,10 @@ class Batch:
     others: Tensor
     share: float
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on ``device``."""
+        return Batch(self.x.to(device), self.labels.to(device), self.others.to(device), self.share)
+
 
 class Batches:
     """The batches of a run. A step has the same images however many processes and parts divide them.

@@ -47,7 +47,7 @@ class Descent:
         adders: Sequence[nn.Parameter],
         lr: float,
         config: DistillConfig,
-        device: str = "cpu",
+        device: torch.device,
     ) -> None:
         assert config.weight_decay is not None and config.eta is not None, "not settled"
         self._adders, self._eta, self._clip = adders, config.eta, config.clip_grad
@@ -67,7 +67,7 @@ class Descent:
             self._optimizer = torch.optim.AdamW(groups, lr=lr)
         self._peaks = [group["lr"] for group in self._optimizer.param_groups]
         # Without fp16 it passes everything through.
-        self._scaler = torch.amp.GradScaler(device, enabled=config.precision == "fp16")
+        self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
     @property
     def parameters(self) -> list[nn.Parameter]:

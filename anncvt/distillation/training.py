@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import math
 import time
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from anncvt.copies import copied
 from anncvt.distillation import checkpoint
 from anncvt.distillation.batches import Batch, Batches, mixed_seed
 from anncvt.distillation.config import DistillConfig
@@ -47,8 +47,9 @@ class Training:
         train: labelled images.
         config: settled.
         folder: the program folder.
-        goal: top-1 in percent at which the run may end, after an epoch.
         processes: those that share the work.
+        device: where the program's student is.
+        goal: top-1 in percent at which the run may end, after an epoch.
     """
 
     def __init__(
@@ -58,25 +59,27 @@ class Training:
         config: DistillConfig,
         folder: Path,
         processes: Processes,
+        device: torch.device,
         goal: float | None = None,
     ) -> None:
         self.program, self.config, self.folder, self.processes, self.goal = program, config, folder, processes, goal
+        self.device = device
         self.batches = Batches(train, program.preprocess, config, processes)
         torch.manual_seed(config.seed)
         self.student = initialise(program, config.init or "")
         # The program keeps the original CNN: accuracy is always reported against that one.
-        self.teacher = copy.deepcopy(program.teacher)
+        self.teacher = copied(program.teacher).to(device)
         self.teacher_learns = config.teacher != "frozen"
         if config.teacher == "scratch":
             reset(self.teacher)
         self.paired = pairs(program)
         teaching = [self.teacher.get_submodule(pair.name) for pair in self.paired]
-        self.objective = Objective(self.paired, teaching, config, processes)
+        self.objective = Objective(self.paired, teaching, config, processes).to(device)
         assert config.lr is not None, "not settled"
         trained = [*self.student.parameters(), *self.objective.parameters()]
-        self.descents = [Descent(trained, [pair.adder.weight for pair in self.paired], config.lr, config)]
+        self.descents = [Descent(trained, [pair.adder.weight for pair in self.paired], config.lr, config, device)]
         if config.teacher_lr is not None and self.teacher_learns:
-            self.descents.append(Descent(self.teacher.parameters(), [], config.teacher_lr, config))
+            self.descents.append(Descent(self.teacher.parameters(), [], config.teacher_lr, config, device))
         self.average = None if config.ema is None else average(self.student, config.ema)
         self.student.train()
         self.teacher.train(self.teacher_learns)
@@ -137,7 +140,8 @@ class Training:
             descent.zero_grad()
         share = 1 / (self.processes.count * self.config.accumulate)
         sums: dict[str, Tensor] = {}
-        for batch in self.batches.parts(self.step):
+        for part in self.batches.parts(self.step):
+            batch = part.to(self.device)
             terms, own = self.objective(
                 self.student,
                 self.teacher,

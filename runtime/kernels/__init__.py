@@ -1,8 +1,8 @@
-"""Compiled CPU kernels of the op (TVM). This module imports no TVM until a kernel is asked for.
+"""Compiled kernels of the op: for CPUs and for CUDA. This module imports neither TVM nor them until one is asked for.
 
-The functions take and give what those of :mod:`anncvt.runtime.fallback` do, for float32 tensors on the CPU. Results
-come back ``channels_last``, the layout the kernels work in; an input of any other layout is converted first.
-``ANNCVT_KERNELS=torch`` turns the kernels off.
+The functions take and give what those of :mod:`anncvt.runtime.fallback` do: float32 tensors on the CPU, float32,
+float16 and bfloat16 tensors on GPUs. Results come back ``channels_last``, the layout the kernels work in; an input of
+any other layout is converted first. ``ANNCVT_KERNELS=torch`` turns the kernels off.
 """
 
 from __future__ import annotations
@@ -18,16 +18,21 @@ from torch import Tensor
 
 def usable(x: Tensor) -> bool:
     """Whether a compiled kernel can take tensors of this device and dtype."""
-    return (
-        x.dtype is torch.float32
-        and x.device.type == "cpu"
-        and os.environ.get("ANNCVT_KERNELS", "tvm") != "torch"
-        and _installed()
-    )
+    if os.environ.get("ANNCVT_KERNELS", "tvm") == "torch":
+        return False
+    if x.device.type == "cuda":
+        from anncvt.runtime.kernels import cuda
+
+        return cuda.usable(x)
+    return x.dtype is torch.float32 and x.device.type == "cpu" and _installed()
 
 
-def compiled() -> ModuleType:
-    """The module whose functions stand for those of :mod:`anncvt.runtime.fallback`; imports TVM."""
+def compiled(x: Tensor) -> ModuleType:
+    """The module whose functions stand for those of :mod:`anncvt.runtime.fallback`, for tensors like ``x``."""
+    if x.device.type == "cuda":
+        from anncvt.runtime.kernels.cuda import launch as cuda_launch
+
+        return cuda_launch
     from anncvt.runtime.kernels import launch
 
     return launch

@@ -56,6 +56,16 @@ def _adaptive(context: Lowering, node: fx.Node) -> Value:
     return context.emitter.pool(Pool("mean", x.shape[0], x.shape[1], pair(x.shape[2:]), out), x, shape_of(node))
 
 
+@handles("adaptive_max_pool2d.default")
+def _adaptive_max(context: Lowering, node: fx.Node) -> tuple[Value]:
+    """Maxima alone; nothing here can use their places."""
+    x = context.blocked(arguments(node)[0])
+    shape = tuple(int(size) for size in node.meta["val"][0].shape)
+    if len(shape) != 4:
+        raise Unsuitable("maxima over other than an image")
+    return (context.emitter.pool(Pool("max", x.shape[0], x.shape[1], pair(x.shape[2:]), pair(shape[2:])), x, shape),)
+
+
 @handles("slice.Tensor")
 def _slice(context: Lowering, node: fx.Node) -> Any:
     axis, before = argument(node, 1, "dim", 0), shape_of(arguments(node)[0])

@@ -1,9 +1,7 @@
 """Compiled kernels, kept in memory and on disk.
 
-The folder is ``ANNCVT_CACHE`` (default ``~/.cache/anncvt/kernels``). An entry's name is a hash of everything that made
-it: the spec, the generators' source, the processor, the compiler's version. It is written under a temporary name and
-renamed, so processes may share the folder; it ends with a checksum, so a damaged one is noticed before it is loaded,
-and replaced. Beyond ``LIMIT`` bytes the entries that were not used for longest go.
+An entry's name is a hash of everything that made it: the spec, the generators' source, the processor, the compiler's
+version.
 """
 
 from __future__ import annotations
@@ -11,22 +9,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import os
-import shutil
-import tempfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from anncvt.runtime.kernels import store
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
 from anncvt.runtime.kernels.spec import Spec
 from anncvt.runtime.kernels.target import host
-
-LIMIT = 256 << 20
-"""Bytes that the folder may hold: several thousand kernels."""
 
 counts: Counter[str] = Counter()
 """How many kernels this process ``compiled`` and ``loaded`` from disk."""
@@ -50,12 +42,6 @@ def kernel(spec: Kernel) -> Callable[..., Any]:
         return _ready[spec]
 
 
-def folder() -> Path:
-    """Where compiled kernels are kept."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anncvt" / "kernels"
-    return Path(os.environ.get("ANNCVT_CACHE") or default)
-
-
 def use_threads(count: int) -> None:
     """Let kernels called from this thread run on ``count`` threads."""
     if getattr(_local, "threads", None) != count:
@@ -75,18 +61,18 @@ def clear() -> None:
 def path_of(spec: Kernel) -> Path:
     """The file of one kernel, whether it exists or not."""
     identity = "\n".join([repr(spec), repr(host()), _versions(), _sources()])
-    return folder() / f"{spec.kind}-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.so"
+    return store.folder() / f"{spec.kind}-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.so"
 
 
 def _open(spec: Kernel) -> Callable[..., Any]:
     import tvm
 
     path = path_of(spec)
-    if _intact(path):
+    if store.intact(path):
         with contextlib.suppress(RuntimeError, OSError):
             function = tvm.runtime.load_module(str(path))["main"]
             counts["loaded"] += 1
-            os.utime(path)  # the access times of a file system may be off
+            store.used(path)
             return function
     module = tvm.compile(tvm.IRModule({"main": _generate(spec)}), host().target())
     counts["compiled"] += 1
@@ -111,42 +97,7 @@ def _store(module: Any, path: Path) -> None:
 
     if get_cc() is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as scratch:
-        fresh = Path(scratch) / path.name
-        module.export_library(str(fresh))
-        # Bytes after the end of a shared library are ignored by the loader.
-        with open(fresh, "ab") as file:
-            file.write(hashlib.sha256(fresh.read_bytes()).digest())
-        os.replace(fresh, path)
-    _trim(path.parent)
-
-
-def _trim(kept: Path) -> None:
-    """Delete what was not used for longest until the folder is small enough, and what interrupted processes left."""
-    entries = []
-    for path in kept.iterdir():
-        with contextlib.suppress(OSError):  # another process trims too
-            status = path.stat()
-            if path.suffix == ".so":
-                entries.append((status.st_mtime, status.st_size, path))
-            elif path.name.startswith(".new-") and status.st_mtime < time.time() - 3600:
-                shutil.rmtree(path, ignore_errors=True)
-    total = sum(size for _, size, _ in entries)
-    for _, size, path in sorted(entries):
-        if total <= LIMIT:
-            break
-        path.unlink(missing_ok=True)
-        total -= size
-
-
-def _intact(path: Path) -> bool:
-    """Whether the file ends with its checksum. (Mapping a truncated library would end the process.)"""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return False
-    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+    store.write(path, lambda fresh: module.export_library(str(fresh)))
 
 
 @functools.cache

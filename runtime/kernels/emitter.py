@@ -136,7 +136,8 @@ class Emitter:
         return "abs" if mode == "max" and self.target.architecture == "aarch64" else mode
 
     def _kernel(self, layer: Layer) -> tirx.PrimFunc:
-        return inference.build(layer, tiling(layer, self.target.accumulators), self.target.assembly)
+        cut = tiling(layer, self.target.accumulators, linear=self.target.assembly)
+        return inference.build(layer, cut, self.target.assembly)
 
     def _elementwise(self, pending: Pending, source: Combination) -> Value:
         x = self.blocked(source.x)

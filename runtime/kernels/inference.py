@@ -11,6 +11,7 @@ folded into the shift, and one ``max`` and one fused multiply-add remain per tap
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -113,20 +114,29 @@ class _Kernel:
         self.size = cut.height * cut.width * LANES  # sums of a tile
         self.sums = layer.form == "max"
         self.sum_groups = layer.groups if self.sums else 1
-        self.micro = self._microkernel() if assembly and layer.form in SUMS and not layer.per_lane else None
+        own = assembly and layer.form in SUMS and not layer.per_lane
+        #: By the column that a tile begins at; one for all columns where tiles are rectangles.
+        self.micro = {column: self._microkernel(column) for column in self._first_columns()} if own else {}
 
-    def _microkernel(self) -> Microkernel:
+    def _first_columns(self) -> list[int]:
+        """The columns of the image that tiles begin at, where that matters."""
+        if not self.cut.linear:
+            return [0]
+        pixels, wide = self.cut.rows * self.width, self.cut.width
+        return sorted({min(start, pixels - wide) % self.width for start in range(0, pixels, wide)})
+
+    def _microkernel(self, column: int) -> Microkernel:
         layer, (kh, kw) = self.layer, self.layer.kernel
         row = self.in_width * self.cells
         rows = (kh, layer.dilation[0] * row)
         connected = layer.dilation[1] == 1  # the columns of a window are neighbours
+        if self.cut.linear:
+            pixels = [divmod(column + j, self.width) for j in range(self.cut.width)]
+        else:
+            pixels = list(itertools.product(range(self.cut.height), range(self.cut.width)))
         return Microkernel(
             layer.form,
-            tuple(
-                i * self.stride[0] * row + j * self.stride[1] * self.cells
-                for i in range(self.cut.height)
-                for j in range(self.cut.width)
-            ),
+            tuple(i * self.stride[0] * row + (j - column) * self.stride[1] * self.cells for i, j in pixels),
             (0, LANES // 2),
             LANES,
             self.cells * kw if connected else self.cells,
@@ -146,7 +156,10 @@ class _Kernel:
         self.x, self.weight, self.scale, self.shift = x, weight, scale, shift
         self.residual, self.y = residual, y
         items = self.layer.batch * self.row_blocks * self.out_groups
-        with self.micro.imported() if self.micro else contextlib.nullcontext(), T.parallel(items) as item:
+        with contextlib.ExitStack() as stack:
+            for micro in self.micro.values():
+                stack.enter_context(micro.imported())
+            item = stack.enter_context(T.parallel(items))
             image = item // (self.row_blocks * self.out_groups)
             block = item // self.out_groups % self.row_blocks
             group = item % self.out_groups
@@ -236,7 +249,7 @@ class _Kernel:
             if not self.micro:
                 self._taps(totals, work, first + o, tile, 0, self.seen)
             else:
-                self._call(self.micro, totals, 0, work, first + o, tile, 0, self.seen)
+                self._call(totals, 0, work, first + o, tile, 0, self.seen)
             self._epilogue(totals, 0, work, first + o, tile)
 
     def _in_passes(self, work: _Item, first: Any) -> None:
@@ -246,8 +259,9 @@ class _Kernel:
         with T.serial(self.cut.out_blocks) as o:
             with T.serial(-(-self.seen // depth)) as step, self._tiles() as tile:
                 begin, count, place = step * depth, tirx.min(depth, self.seen - step * depth), tile.index * size
+                self._expect_weights(first + o, begin, tile)
                 if self.micro:
-                    self._call(self.micro, partial, place, work, first + o, tile, begin, count)
+                    self._call(partial, place, work, first + o, tile, begin, count)
                 else:
                     totals = self._accumulator(lambda at: tirx.Select(step == 0, f32(0), partial[place + at]))
                     self._taps(totals, work, first + o, tile, begin, count)
@@ -258,18 +272,22 @@ class _Kernel:
             with self._tiles() as tile:
                 self._epilogue(partial, tile.index * size, work, first + o, tile)
 
-    def _call(
-        self, micro: Microkernel, totals: Any, place: Any, work: _Item, o: Any, tile: _Tile, first: Any, count: Any
-    ) -> None:
+    def _call(self, totals: Any, place: Any, work: _Item, o: Any, tile: _Tile, first: Any, count: Any) -> None:
         """Add ``count`` input blocks from ``first`` to the sums of ``tile`` in memory; the first of all begin them."""
         weights, origin = self._block(work, o, tile, first)
         sums, x, w = (T.address_of(entry) for entry in (totals[place], work.source[origin], self.weight[weights]))
         fresh = tirx.const(1, "int32") if isinstance(first, int) else first == 0
-        micro.call(sums, x, w, times=count, fresh=fresh)
+        for column, micro in self.micro.items():
+            with contextlib.ExitStack() as stack:
+                if len(self.micro) > 1:
+                    stack.enter_context(T.If(tile.left % self.width == column))
+                    stack.enter_context(T.Then())
+                micro.call(sums, x, w, times=count, fresh=fresh)
 
     def _grid(self) -> tuple[int, int]:
-        """Rows and columns of a work item's output; a 1x1 window sees one long row."""
-        return (1, self.cut.rows * self.width) if self.layer.pointwise else (self.cut.rows, self.width)
+        """Rows and columns of a work item's output; a 1x1 window sees one long row, and so do tiles that go on."""
+        long = self.layer.pointwise or self.cut.linear
+        return (1, self.cut.rows * self.width) if long else (self.cut.rows, self.width)
 
     def _tile_counts(self) -> tuple[int, int]:
         (rows, width), cut = self._grid(), self.cut
@@ -310,6 +328,15 @@ class _Kernel:
             prefetch(self.residual, start + (p * self.width + q) * LANES)
             prefetch(self.y, start + (p * self.width + q) * LANES, write=True)
 
+    def _expect_weights(self, o: Any, begin: Any, tile: _Tile) -> None:
+        """Ask for this tile's share of the weights of the next pass."""
+        block = self._panel() // self.seen
+        if self.out * self._panel() * 4 > STREAM_BYTES:
+            lines = -(-block * self.cut.depth // (LANES * math.prod(self._tile_counts())))
+            ahead = o * self._panel() + (begin + self.cut.depth) * block
+            with T.serial(lines) as line:
+                prefetch(self.weight, ahead + (tile.index * lines + line) * LANES)
+
     def _taps(self, totals: Any, work: _Item, o: Any, tile: _Tile, first: Any, count: Any) -> None:
         """Add the taps of ``count`` input blocks from ``first``."""
         layer, (kh, kw) = self.layer, self.layer.kernel
@@ -344,11 +371,16 @@ class _Kernel:
     def _block(self, work: _Item, o: Any, tile: _Tile, block: Any) -> tuple[Any, Any]:
         """Where the weights of output channels ``o`` and the pixels of ``tile`` begin for an input block."""
         weights = o * self._panel() + block * (self._panel() // self.seen)
-        origin = work.base + (tile.top * self.stride[0] * self.in_width + tile.left * self.stride[1]) * self.cells
+        top, left = self._place(tile.top, tile.left)
+        origin = work.base + (top * self.stride[0] * self.in_width + left * self.stride[1]) * self.cells
         if self.layer.per_lane:
             return weights, origin
         of_group = 0 if self.layer.groups == 1 else self._group(o) * self.dense_blocks
         return weights, origin + (of_group + block) * self.plane
+
+    def _place(self, row: Any, column: Any) -> tuple[Any, Any]:
+        """Row and column in the image of a pixel of the grid."""
+        return (column // self.width, column % self.width) if self.cut.linear else (row, column)
 
     def _group(self, o: Any) -> Any:
         return o // (self.layer.out_channels // self.layer.groups // LANES)
@@ -378,7 +410,8 @@ class _Kernel:
             total = totals[begin + (i * self.cut.width + j) * LANES + lane]
             if work.sums is not None:
                 group = 0 if layer.groups == 1 else self._group(o)
-                at = (group * self.in_rows + (tile.top + i) * self.stride[0]) * self.width + tile.left + j
+                row, column = self._place(tile.top + i, tile.left + j)
+                at = (group * self.in_rows + row * self.stride[0]) * self.width + column
                 rows = [work.sums[at + k * layer.dilation[0] * self.width] for k in range(layer.kernel[0])]
                 total = sum(rows[1:], rows[0]) - total
             elif layer.form == "abs":

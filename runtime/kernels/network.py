@@ -128,7 +128,10 @@ class _Graph:
                 return handler(self, node)
             except Unsuitable:
                 pass
-        return self._foreign.translate(self, node)
+        try:
+            return self._foreign.translate(self, node)
+        except Unsuitable as error:  # an input is no tensor that could be had, such as the places of maxima
+            raise unknown([f"{overload_name(node.target)} of {node.args[0]}"]) from error
 
     def _result(self, batch: int) -> fx.Node:
         (results,) = self._nodes[-1].args

@@ -18,6 +18,8 @@ WIDE = 12
 BANDWIDTH = 12
 #: Bytes per cycle of a pass over data in cache.
 COPY_BANDWIDTH = 24
+#: Tiles that go on in the next line have an inner loop for each column they begin at; 14 of them were slower than none.
+MOST_COLUMNS = 8
 #: What beginning a work item costs.
 ITEM_CYCLES = 400
 #: Share of the machine that few work items leave idle: a few threads should be balanced, many all have something to do.
@@ -28,7 +30,8 @@ IDLE = {1: 0.5, 2: 0.04, 3: 0.1, 4: 0.02}
 class Tiling:
     """``rows`` x ``out_blocks`` is one work item; ``height`` x ``width`` pixels (at most) are summed in registers.
 
-    All pixels of the item are done for ``depth`` input blocks before the next blocks' turn.
+    All pixels of the item are done for ``depth`` input blocks before the next blocks' turn. ``linear``: a tile is
+    ``width`` pixels in a row that goes on in the next line of the image.
     """
 
     rows: int
@@ -36,15 +39,19 @@ class Tiling:
     height: int
     width: int
     depth: int
+    linear: bool = False
 
 
-def tiling(layer: Layer, accumulators: int) -> Tiling:
-    """The cheapest cut for a machine whose registers hold ``accumulators`` vectors of 16 sums."""
+def tiling(layer: Layer, accumulators: int, linear: bool = False) -> Tiling:
+    """The cheapest cut for a machine whose registers hold ``accumulators`` vectors of 16 sums.
+
+    ``linear``: tiles may go on in the next line, as they do with kernels of assembly.
+    """
     height, _ = layer.out_size
     heights = [rows for rows in range(1, height + 1) if height % rows == 0] or [height]
     if len(heights) == 2 and height > 2:  # a prime number of rows: the last block may overlap its neighbour
         heights = sorted({2, 4, 8, -(-height // 4), -(-height // 2), height} & set(range(2, height + 1)))
-    options = itertools.chain.from_iterable(_options(layer, rows, accumulators) for rows in heights)
+    options = itertools.chain.from_iterable(_options(layer, rows, accumulators, linear) for rows in heights)
     return min(options, key=lambda option: option[0])[1]
 
 
@@ -56,7 +63,7 @@ def _depth(layer: Layer, accumulators: int) -> int:
     return min(seen, max(1, PANEL_BYTES // (layer.kernel[0] * layer.kernel[1] * LANES * LANES * 4)))
 
 
-def _options(layer: Layer, rows: int, accumulators: int) -> Iterator[tuple[tuple[float, ...], Tiling]]:
+def _options(layer: Layer, rows: int, accumulators: int, linear: bool) -> Iterator[tuple[tuple[float, ...], Tiling]]:
     """Every register tile for items of ``rows`` rows, with its cost in cycles."""
     height, width = layer.out_size
     row_blocks, out = -(-height // rows), blocks(layer.out_channels)
@@ -77,10 +84,16 @@ def _options(layer: Layer, rows: int, accumulators: int) -> Iterator[tuple[tuple
         items = row_blocks * -(-out // out_blocks)
         overhead = moved / BANDWIDTH + items * (ITEM_CYCLES + passes * inputs / COPY_BANDWIDTH)
         idle = max(IDLE.get(items, 0), (-items % 8) / 8 * 0.02)
-        for tall in range(1, min(grid[0], accumulators) + 1):
-            for wide in range(1, min(grid[1], accumulators // tall) + 1):
-                tiles = -(-grid[0] // tall) * -(-grid[1] // wide)
-                # One operation per pixel and tap, one weight load per tile and tap; latency needs independent sums.
-                per_tap = tiles * (max(tall * wide, latency) + 1)
-                cycles = (per_tap * taps * out * row_blocks + overhead) * (1 + idle)
-                yield (cycles, tall * wide), Tiling(rows, out_blocks, tall, wide, depth)
+        shapes = [
+            (-(-grid[0] // tall) * -(-grid[1] // wide), tall, wide, False)
+            for tall in range(1, min(grid[0], accumulators) + 1)
+            for wide in range(1, min(grid[1], accumulators // tall) + 1)
+        ]
+        if linear and not layer.pointwise and not layer.per_lane and width <= MOST_COLUMNS:
+            wide = min(accumulators, rows * width)
+            shapes.append((-(-rows * width // wide), 1, wide, True))
+        for tiles, tall, wide, goes_on in shapes:
+            # One operation per pixel and tap, one weight load per tile and tap; latency needs independent sums.
+            per_tap = tiles * (max(tall * wide, latency) + 1)
+            cycles = (per_tap * taps * out * row_blocks + overhead) * (1 + idle)
+            yield (cycles, tall * wide), Tiling(rows, out_blocks, tall, wide, depth, goes_on)

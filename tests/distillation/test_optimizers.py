@@ -44,7 +44,7 @@ def moved(parts=1, scale=1.0, **settings):
     """How far each parameter of a toy goes in one step on eight inputs, in ``parts``."""
     toy, config = Toy(), DistillConfig(lr=0.1, momentum=0.0, **settings).settled()
     before = [parameter.detach().clone() for parameter in toy.parameters()]
-    descent = Descent(toy.parameters(), [toy.adder], config.lr, config)
+    descent = Descent(toy.parameters(), [toy.adder], config.lr, config, torch.device("cpu"))
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
     for part in x.chunk(parts):
         descent.backward(scale * toy(part).square().mean() / parts)
@@ -76,7 +76,7 @@ def test_only_what_is_no_adder_is_clipped_and_decays():
 
 def test_a_step_with_gradients_that_overflowed_is_left_out():
     toy, config = Toy(), DistillConfig(precision="fp16").settled()
-    descent = Descent(toy.parameters(), [toy.adder], 0.1, config)
+    descent = Descent(toy.parameters(), [toy.adder], 0.1, config, torch.device("cpu"))
     start = [parameter.detach().clone() for parameter in toy.parameters()]
     descent.backward(toy(torch.full((2, 4), 1e30)).square().mean())
     descent.step(1.0)

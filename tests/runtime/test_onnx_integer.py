@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -20,7 +21,7 @@ from quantized import adder_program, noise
 from anncvt.errors import AnncvtError
 from anncvt.passes.quantize import QuantizeConfig, pixel_table, quantize
 from anncvt.program import Preprocess, Program, Record
-from anncvt.runtime import integer_network, onnx_file, onnx_trace
+from anncvt.runtime import integer_network, onnx_file, onnx_native, onnx_trace
 from anncvt.runtime.integer import Epilogue, Grid, Step, Window
 from anncvt.runtime.integer_network import INPUT, IntegerNetwork
 from anncvt.runtime.onnx import export_integers, run, session
@@ -145,6 +146,17 @@ def test_every_opset(inverted, opset, tmp_path):
     assert {o.domain: o.version for o in onnx.load(path).opset_import} == {"": opset, DOMAIN: 1}
     found = run(session(path), images(inverted))
     np.testing.assert_array_equal(found, expected(integer_network.load(inverted.folder)))
+
+
+def test_the_native_library_equals_the_reference_at_every_step(inverted, tmp_path):
+    """In its plain loops, which take any layer."""
+    pytest.importorskip("tvm")
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler (cc) here")
+    path = export_integers(inverted, tmp_path / "model.onnx")
+    onnx_native.build([], tmp_path / onnx_native.LIBRARY, target="cpu")
+    assert session(path).anncvt.native
+    assert_equal_at_every_step(path, integer_network.load(inverted.folder), PIXELS)
 
 
 def test_large_weights_go_beside_the_model(inverted, tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def run_layer(layer: Layer, cut: Tiling | None, assembly: bool) -> tuple[np.ndar
     residual = random.standard_normal((layer.batch, layer.out_channels, *layer.out_size)).astype(np.float32)
     constants = inference.pack(layer, w, scale, shift)
     extra = [blocked(residual)] if layer.residual else []
-    function = inference.build(layer, cut or tiling(layer, 5 if assembly else 16), assembly)
+    function = inference.build(layer, cut or tiling(layer, 5 if assembly else 16, linear=assembly), assembly)
     got = run(function, blocked(x) if layer.blocked else x, *constants, *extra, out=layer.out_shape)
 
     a, b = torch.from_numpy(x).double(), torch.from_numpy(w).double()
@@ -113,7 +113,15 @@ def test_any_geometry_equals_reference(layer: Layer, assembly: bool) -> None:
 
 @pytest.mark.skipif(len(ASSEMBLY) < 2, reason="needs AVX2 and FMA")
 @pytest.mark.parametrize("mode", ["max", "conv"])
-@pytest.mark.parametrize("cut", [Tiling(3, 2, 1, 5, 1), Tiling(6, 1, 2, 2, 3), Tiling(2, 3, 1, 3, 2)])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        Tiling(3, 2, 1, 5, 1),
+        Tiling(6, 1, 2, 2, 3),
+        Tiling(2, 3, 1, 3, 2, linear=True),
+        Tiling(3, 2, 1, 5, 3, linear=True),
+    ],
+)
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_assembly_in_one_and_several_passes(mode: str, cut: Tiling, dilation: int) -> None:
     window = {"stride": (1, 2), "padding": Padding(2, 1, 0, 2), "dilation": (1, dilation)}
@@ -160,6 +168,13 @@ def test_abs_is_exact_where_max_cancels() -> None:
     constants = inference.pack(layer, w, np.ones(16), np.zeros(16))
     got = run(inference.build(layer, tiling(layer, 16)), blocked(values), *constants, out=layer.out_shape)
     assert (got == -16 * 0.125).all()
+
+
+def test_tiles_go_on_in_the_next_line_where_lines_are_short() -> None:
+    def chosen(side: int, linear: bool) -> Tiling:
+        return tiling(Layer("max", 1, 512, (side, side), 512, (3, 3), padding=Padding(1, 1, 1, 1)), 5, linear)
+
+    assert chosen(7, True).linear and not chosen(7, False).linear and not chosen(28, True).linear
 
 
 @pytest.mark.parametrize("accumulators", [3, 5, 16])

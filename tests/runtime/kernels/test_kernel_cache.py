@@ -13,6 +13,7 @@ import torch
 from parity import Case, op
 
 from anncvt.runtime import reference
+from anncvt.runtime.kernels import store
 
 cache = pytest.importorskip("anncvt.runtime.kernels.cache")
 pytest.importorskip("tvm")
@@ -49,12 +50,12 @@ def test_other_geometries_are_other_kernels():
     run()
     assert run(replace(CASE, stride=(2, 1))) == {"compiled": 2}
     assert run(replace(CASE, padding=(1, 1, 1, 1))) == {"compiled": 2}, "the same padding, spelled with four entries"
-    assert len(list(cache.folder().iterdir())) == 2
+    assert len(list(store.folder().iterdir())) == 2
 
 
 def test_a_damaged_entry_is_replaced():
     run()
-    (path,) = cache.folder().iterdir()
+    (path,) = store.folder().iterdir()
     for damaged, keep in enumerate((0, 20, -1), 1):
         path.write_bytes(path.read_bytes()[:keep])
         cache.clear()
@@ -75,30 +76,30 @@ def test_a_machine_without_a_linker_compiles_in_memory(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     assert run() == {"compiled": 1}
-    assert not cache.folder().exists()
+    assert not store.folder().exists()
 
 
 def test_the_folder_is_bounded_and_keeps_what_was_used_last(monkeypatch):
     run()
-    (used,) = cache.folder().iterdir()
+    (used,) = store.folder().iterdir()
     size = used.stat().st_size
     for age in range(1, 4):
-        other = cache.folder() / f"other{age}.so"
+        other = store.folder() / f"other{age}.so"
         other.write_bytes(bytes(size))
         os.utime(other, (time.time() - 100 * age,) * 2)
     os.utime(used, (time.time() - 1000,) * 2)
     cache.clear()
     run()  # loads it, which makes it the newest
-    monkeypatch.setattr(cache, "LIMIT", 3 * size)
+    monkeypatch.setattr(store, "LIMIT", 3 * size)
     run(replace(CASE, stride=(2, 1)))
     assert used.exists()
-    assert not (cache.folder() / "other3.so").exists()
-    assert sum(path.stat().st_size for path in cache.folder().iterdir()) <= 3 * size
+    assert not (store.folder() / "other3.so").exists()
+    assert sum(path.stat().st_size for path in store.folder().iterdir()) <= 3 * size
 
 
 def test_leftovers_of_interrupted_processes_go():
     run()
-    old, new = (cache.folder() / name for name in (".new-old", ".new-now"))
+    old, new = (store.folder() / name for name in (".new-old", ".new-now"))
     for leftover in (old, new):
         leftover.mkdir()
         (leftover / "half.so").write_bytes(b"half")
@@ -118,12 +119,12 @@ def test_processes_share_the_folder():
     )
     workers = [subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ)) for _ in range(2)]
     assert [worker.wait() for worker in workers] == [0, 0]
-    entries = list(cache.folder().iterdir())
+    entries = list(store.folder().iterdir())
     assert len(entries) == 2
-    assert all(cache._intact(entry) for entry in entries)
+    assert all(store.intact(entry) for entry in entries)
 
 
 def test_the_default_folder_is_the_users_cache(monkeypatch):
     monkeypatch.delenv("ANNCVT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert str(cache.folder()) == "/somewhere/anncvt/kernels"
+    assert str(store.folder()) == "/somewhere/anncvt/kernels"

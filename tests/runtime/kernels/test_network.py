@@ -24,12 +24,12 @@ def kernels(module: tvm.IRModule) -> int:
 
 
 def compare(network: nn.Module, x: Tensor, tolerance: float = 1e-5) -> tvm.IRModule:
-    module, classes = lower({"main": export(network, x.shape)}, Deployment.parse("cpu"))
+    module, shape = lower({"main": export(network, x.shape)}, Deployment.parse("cpu"))
     machine = relax.VirtualMachine(tvm.compile(module, host().target()), tvm.cpu())
     got = torch.from_numpy(machine["main"](tvm.runtime.tensor(x.numpy())).numpy())
     with torch.no_grad():
         expected = copy.deepcopy(network).eval().double()(x.double())
-    assert got.shape == expected.shape == (len(x), classes)
+    assert got.shape == expected.shape == (len(x), *shape)
     assert (got - expected).abs().max() <= tolerance * expected.abs().max()
     return module
 
@@ -196,6 +196,33 @@ def test_data_dependent_control_flow_is_refused() -> None:
         export(Branching(), (1, 3, 4, 4))
 
 
-def test_output_must_be_logits() -> None:
-    with pytest.raises(AnncvtError, match=r"not one \[N, classes\] tensor"):
-        lower({"main": export(nn.Conv2d(3, 4, 1), (1, 3, 4, 4))}, Deployment.parse("cpu"))
+class Segmentation(nn.Module):
+    """Scores of every pixel, from maxima of cells, enlarged to the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), AdderConv2d(16, 20, 3), nn.BatchNorm2d(20))
+        self.pool, self.head = nn.AdaptiveMaxPool2d((4, 3)), nn.Conv2d(20, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(self.head(self.pool(self.body(x))), x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def test_outputs_may_be_images() -> None:
+    compare(settle(Segmentation(), (4, 3, 9, 8)), torch.randn(2, 3, 9, 8))
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.relu(x), F.silu(x)
+
+
+@pytest.mark.parametrize("network", [nn.Flatten(0), Twice()])
+def test_output_must_be_one_tensor_of_a_row_for_each_image(network: nn.Module) -> None:
+    with pytest.raises(AnncvtError, match="not one tensor of logits"):
+        lower({"main": export(network, (2, 3, 4, 4))}, Deployment.parse("cpu"))
+
+
+def test_places_of_maxima_are_refused_by_name() -> None:
+    with pytest.raises(AnncvtError, match="getitem of adaptive_max_pool2d"):
+        lower({"main": export(nn.AdaptiveMaxPool2d(1, return_indices=True), (2, 3, 4, 4))}, Deployment.parse("cpu"))

@@ -1,0 +1,157 @@
+"""Whole networks on this machine: adders compiled by TVM against the CNN in onnxruntime, in floats and in integers.
+
+    python benchmarks/network.py torchvision:resnet50 torchvision:mobilenet_v2 --threads 1
+    python benchmarks/network.py torchvision:resnet18 --batch 16 --keep out/networks
+
+Random weights, BatchNorm statistics of noise, the default plan (in a MobileNetV2 pointwise convolutions become adders,
+depthwise ones stay). Medians of interleaved calls, and the least of them, which other work disturbs less; by the
+processor time of all threads together or by the wall clock.
+Prints how long compiling took, too. --keep leaves the files in a folder and takes those that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import anncvt  # noqa: F401  (before torch: it sets the environment of the thread pools)
+
+# isort: split
+import numpy as np
+import torch
+from timing import CLOCKS
+from torch import nn
+
+from anncvt import zoo
+from anncvt.images import Images
+from anncvt.loading import load
+from anncvt.passes.plan import plan
+from anncvt.passes.quantize import QuantizeConfig, quantize
+from anncvt.passes.rewrite import rewrite
+from anncvt.program import Program
+from anncvt.runtime import onnx, processor, tvm
+from anncvt.runtime.contestants import quantised, reduced_range
+
+#: Images that choose the ranges of the integers; they are noise.
+IMAGES = 4
+ROWS = {"adders": "model.so", "adders, int8": "model.int8.so", "CNN": "cnn.onnx", "CNN, int8": "cnn.int8.onnx"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="COLLECTION:NAME")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--clock", choices=CLOCKS, default="cpu")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--keep", type=Path, metavar="DIR")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    found = processor.features() or frozenset()
+    level = next((name for name in ("avx512vnni", "avx512f", "avx2", "neon") if name in found), "generic")
+    print(f"{level}, {options.threads} thread(s), batch {options.batch}, {options.clock} time, ms of a call")
+    print(f"onnxruntime's integers: reduce_range={reduced_range()}")
+    for name in options.models:
+        with contextlib.ExitStack() as stack:
+            place = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            folder = place / f"{name.replace(':', '-')}-{options.size}-{options.batch}"
+            folder.mkdir(parents=True, exist_ok=True)
+            build(name, options.size, options.batch, folder, options.rows)
+            times = measure(folder, options)
+            report(f"{name}, median", {row: float(np.median(found)) for row, found in times.items()}, options.batch)
+            report(f"{name}, least", {row: min(found) for row, found in times.items()}, options.batch)
+
+
+def build(name: str, size: int, batch: int, folder: Path, rows: list[str]) -> None:
+    """Write what is missing of the files of :data:`ROWS`, and say how long compiling took."""
+    wanted = [row for row in rows if not (folder / ROWS[row]).exists()]
+    if not wanted:
+        return
+    program = converted(name, size)
+    for row in wanted:
+        path = folder / ROWS[row]
+        if row.startswith("CNN"):
+            onnx.export_network(program.teacher, program.preprocess.input_size, folder / ROWS["CNN"])
+            if row != "CNN":
+                quantised(folder / ROWS["CNN"], path, program.preprocess.input_size)
+            continue
+        network = quantize(program, noise(program), QuantizeConfig(fit=False)) if row != "adders" else None
+        begin = time.monotonic()
+        if network is None:
+            tvm.compile(program, path, batch=batch)
+        else:
+            tvm.compile_integers(network, program.preprocess, path, batch=batch)
+        print(f"{name}: {row} compiled in {time.monotonic() - begin:.1f} s", flush=True)
+
+
+def converted(name: str, size: int) -> Program:
+    """The adder network of an architecture, with random weights."""
+    collection, _, model = name.partition(":")
+    torch.manual_seed(0)
+    network = zoo.build(collection, model, {}).eval()
+    program = rewrite(plan(load(network, input_size=size, mean=(0.5,), std=(0.25,))))
+    for part in (program.teacher, program.student):
+        assert part is not None
+        for module in part.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+                module.reset_running_stats()
+        with torch.no_grad():
+            part.train()(noise(program).batch(torch.arange(IMAGES), program.preprocess))
+        part.eval()
+    return program
+
+
+def noise(program: Program) -> Images:
+    """Images that choose ranges and statistics."""
+    shape = (IMAGES, *program.preprocess.input_size)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Images(pixels, None, None, "noise")
+
+
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Milliseconds of each row's calls; they take turns."""
+    random, calls = np.random.default_rng(0), {}
+    clock = CLOCKS[options.clock]
+    for row in options.rows:
+        path = folder / ROWS[row]
+        call: Callable[[np.ndarray], np.ndarray]
+        if row.startswith("CNN"):
+            session = onnx.session(path, threads=options.threads)
+            call = lambda images, session=session: onnx.run(session, images)  # noqa: E731
+        else:
+            call = tvm.load(path, threads=options.threads)
+        shape = (options.batch, 3, options.size, options.size)
+        images = random.standard_normal(shape).astype(np.float32)
+        if row == "adders, int8":
+            images = random.integers(0, 256, shape).astype(np.uint8)
+        call(images)
+        calls[row] = (call, images)
+    times: dict[str, list[float]] = {row: [] for row in calls}
+    for _ in range(options.repeats):
+        for row, (call, images) in calls.items():
+            call(images)  # its weights back into the cache
+            begin = clock()
+            call(images)
+            times[row].append(1e3 * (clock() - begin))
+    return times
+
+
+def report(name: str, times: dict[str, float], batch: int) -> None:
+    """Times and the ratios between them."""
+    print(
+        f"{name}: " + ", ".join(f"{row} {value:.2f} ms ({value / batch:.2f} an image)" for row, value in times.items())
+    )
+    pairs = [("adders", "CNN"), ("adders, int8", "CNN, int8"), ("adders, int8", "CNN")]
+    ratios = [f"{a} / {b} {times[a] / times[b]:.3f}" for a, b in pairs if a in times and b in times]
+    print("  " + "; ".join(ratios), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+// A block of CUDA threads on the CPU: each thread is a fiber that runs until the next __syncthreads(), then the others
+// do. Shared memory is poisoned before a block starts, so values that no thread wrote, or not yet, spoil the results.
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <ucontext.h>
+#include <vector>
+
+typedef unsigned int uint;
+typedef unsigned short ushort;
+typedef unsigned char uchar;
+
+#define __global__
+#define __launch_bounds__(...)
+#define __shared__ static __attribute__((section("anncvt_shared")))
+#define alignas(n) __attribute__((aligned(n)))
+#define ANNCVT_DEVICE inline
+
+struct Index { uint x, y, z; };
+static Index blockIdx, threadIdx;
+
+struct __attribute__((aligned(8))) float2 { float x, y; };
+struct __attribute__((aligned(16))) float4 { float x, y, z, w; };
+struct __attribute__((aligned(16))) uint4 { uint x, y, z, w; };
+struct __attribute__((aligned(16))) int4 { int x, y, z, w; };
+struct __attribute__((aligned(8))) ushort4 { ushort x, y, z, w; };
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline uint4 make_uint4(uint x, uint y, uint z, uint w) { return {x, y, z, w}; }
+static inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+static inline ushort4 make_ushort4(ushort x, ushort y, ushort z, ushort w) { return {x, y, z, w}; }
+static inline int min(int a, int b) { return a < b ? a : b; }
+static inline int max(int a, int b) { return a > b ? a : b; }
+
+// __saturatef: [0, 1], and 0 for what is not a number.
+static inline float anncvt_slope(float d, float s) {
+  float value = fmaf(d, s, 0.5f);
+  return value > 0 ? (value < 1 ? value : 1) : 0;
+}
+
+static inline uint anncvt_absdiff4(uint a, uint b, uint sum) {
+  for (int i = 0; i < 32; i += 8) sum += abs(int(a >> i & 255) - int(b >> i & 255));
+  return sum;
+}
+
+static inline float anncvt_from_float16(ushort bits) {
+  _Float16 value;
+  memcpy(&value, &bits, 2);
+  return value;
+}
+
+static inline ushort anncvt_to_float16(float value) {
+  _Float16 half = value;
+  ushort bits;
+  memcpy(&bits, &half, 2);
+  return bits;
+}
+
+static inline uint anncvt_bits(float value) {
+  uint bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+static inline float anncvt_value(uint bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+static ucontext_t scheduler;
+static std::vector<ucontext_t> fibers;
+static std::vector<char> stacks;
+static std::vector<char> ended;
+static uint current;
+static void (*body)(void **);
+static void **arguments;
+static const size_t STACK = 1 << 16;
+extern char __start_anncvt_shared[] __attribute__((weak)), __stop_anncvt_shared[] __attribute__((weak));
+
+static void __syncthreads() { swapcontext(&fibers[current], &scheduler); }
+
+static void enter() {
+  body(arguments);
+  ended[current] = 1;
+}
+
+// Returns how many threads met a barrier that others did not: 0, if the program is right.
+static int run_block(uint threads, int backwards) {
+  if (fibers.size() < threads) {
+    fibers.resize(threads);
+    ended.resize(threads);
+    stacks.resize(STACK * threads);
+  }
+  if (__start_anncvt_shared) memset(__start_anncvt_shared, 0xff, __stop_anncvt_shared - __start_anncvt_shared);
+  for (uint i = 0; i < threads; i++) {
+    ended[i] = 0;
+    getcontext(&fibers[i]);
+    fibers[i].uc_stack.ss_sp = &stacks[i * STACK];
+    fibers[i].uc_stack.ss_size = STACK;
+    fibers[i].uc_link = &scheduler;
+    makecontext(&fibers[i], enter, 0);
+  }
+  for (uint left = threads; left;) {
+    uint before = left;
+    for (uint i = 0; i < threads; i++) {
+      current = backwards ? threads - 1 - i : i;
+      if (ended[current]) continue;
+      threadIdx = {current, 0, 0};
+      swapcontext(&scheduler, &fibers[current]);
+      left -= ended[current];
+    }
+    if (left && left != before) return left;
+  }
+  return 0;
+}
+
+static int run_grid(void (*kernel)(void **), void **given, const uint *grid, uint threads, int backwards) {
+  body = kernel;
+  arguments = given;
+  for (uint z = 0; z < grid[2]; z++)
+    for (uint y = 0; y < grid[1]; y++)
+      for (uint x = 0; x < grid[0]; x++) {
+        blockIdx = {x, y, z};
+        if (int wrong = run_block(threads, backwards)) return wrong;
+      }
+  return 0;
+}

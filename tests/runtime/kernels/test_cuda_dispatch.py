@@ -1,0 +1,207 @@
+"""The registered op on the CUDA kernels, their notices, and what is passed to the driver. No GPU is needed."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+
+import pytest
+import torch
+from parity import Case, assert_parity, op
+
+pytest.importorskip("tvm")
+
+from cuda_emulator import COMPILER, Emulator
+
+from anncvt.nn import AdderConv2d
+from anncvt.runtime import kernels, warmup
+from anncvt.runtime.kernels import cuda
+from anncvt.runtime.kernels.cuda import build, driver, launch, trial, variant
+
+needs_emulator = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")
+CASE = Case(channels=16, outputs=16, size=(9, 10), layout="nhwc")
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def emulated(monkeypatch) -> Emulator:
+    """The op takes the CUDA kernels for the CPU's tensors; of their tiles the smallest."""
+    emulator = Emulator()
+    monkeypatch.setattr(variant, "TILES", {kind: tiles[-1:] for kind, tiles in variant.TILES.items()})
+    monkeypatch.setattr(launch, "driver", emulator)
+    monkeypatch.setattr(kernels, "usable", lambda x: x.dtype in (torch.float32, torch.float16, torch.bfloat16))
+    monkeypatch.setattr(kernels, "compiled", lambda x: launch)
+    launch._room_of.cache_clear()
+    yield emulator
+    launch._room_of.cache_clear()
+
+
+@needs_emulator
+def test_parity_through_autograd(emulated):
+    assert_parity(op, CASE, values="grid")
+    assert set(emulated.launched) == {
+        "forward_float32_float32_4_128x16",
+        "dx_float32_float32_4_128x16",
+        "dw_float32_float32_4_16x16",
+    }
+
+
+@needs_emulator
+def test_half_images_keep_their_type_and_float32_weights_theirs(emulated):
+    x, weight, grad = CASE.tensors()
+    x, weight = x.bfloat16().requires_grad_(), weight.requires_grad_()
+    y = op(x, weight, *CASE.arguments(), "exact")
+    assert y.dtype == torch.bfloat16
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    dx, dw = torch.autograd.grad(y, (x, weight), grad.bfloat16())
+    assert (dx.dtype, dw.dtype) == (torch.bfloat16, torch.float32)
+    assert emulated.launched["forward_bfloat16_bfloat16_4_128x16"] == 1
+
+
+class Driver:
+    """Stands for NVIDIA's driver: remembers what it is asked to launch, reading arguments while they live."""
+
+    def __init__(self) -> None:
+        self.kernel: variant.Variant = next(variant.variants(["dx"]))
+        self.calls: list[tuple] = []
+        self.passed: dict[str, float] = {}
+        self.status = 0
+
+    def cuLaunchKernel(self, function, *rest):
+        *configuration, pointers, extra = rest
+        self.calls.append((function.value, *configuration, extra))
+        for name, address in zip([*self.kernel.pointers, *self.kernel.numbers], pointers, strict=True):
+            pointer = name in self.kernel.pointers
+            kind = ctypes.c_void_p if pointer else ctypes.c_float if name == "sharpness" else ctypes.c_int
+            self.passed[name] = kind.from_address(address).value
+        return self.status
+
+    def cuGetErrorString(self, status, text):
+        ctypes.cast(text, ctypes.POINTER(ctypes.c_char_p))[0] = b"no such thing"
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> Driver:
+    fake = Driver()
+
+    class Stream:
+        cuda_stream = 0x5EAF
+
+    class On:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+    monkeypatch.setattr(driver, "_driver", lambda: fake)
+    monkeypatch.setattr(driver, "load", lambda chosen, device: ctypes.c_void_p(0xF00))
+    monkeypatch.setattr(torch.cuda, "device", On)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
+    return fake
+
+
+def test_arguments_reach_the_driver_in_the_kernels_order(recorded):
+    chosen = recorded.kernel
+    tensors = {name: torch.zeros(4) for name in chosen.pointers}
+    numbers = {name: 10.0 + i for i, name in enumerate(chosen.numbers) if not name.startswith("grid_")}
+    numbers["sharpness"] = 0.5
+    driver.launch(chosen, (7, 8, 9), tensors, numbers)
+    ((function, *grid, threads, _, _, shared, stream, extra),) = recorded.calls
+    assert (function, grid, threads, shared, stream.value, extra) == (0xF00, [7, 8, 9], 256, 0, 0x5EAF, None)
+    places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    assert recorded.passed == places | numbers | {"grid_x": 7, "grid_y": 8, "grid_z": 9}
+
+
+def test_errors_of_the_driver_are_told(recorded):
+    recorded.status = 700
+    chosen = recorded.kernel
+    numbers = dict.fromkeys(set(chosen.numbers) - {"grid_x", "grid_y", "grid_z"}, 1)
+    with pytest.raises(RuntimeError, match=r"no such thing \(700\)"):
+        driver.launch(chosen, (1, 1, 1), {name: torch.zeros(1) for name in chosen.pointers}, numbers)
+
+
+class Image:
+    """What :func:`usable` asks of a tensor, on a device that this machine lacks."""
+
+    device, dtype = GPU, torch.float32
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("ANNCVT_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(driver, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(trial, "disagreement", lambda device, dtype: None)
+    cuda._ready.cache_clear()
+    yield
+    cuda._ready.cache_clear()
+
+
+def test_without_compilers_and_cubins_there_is_one_notice(gpu, monkeypatch):
+    monkeypatch.setattr(build, "lacking", lambda: "no TVM")
+    with pytest.warns(UserWarning, match="no TVM here to compile them, and they are not prebuilt for sm_90"):
+        assert not kernels.usable(Image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not kernels.usable(Image)
+
+
+def test_prebuilt_kernels_need_no_compiler(gpu, monkeypatch):
+    monkeypatch.setattr(build, "lacking", lambda: "no TVM")
+    monkeypatch.setattr(build, "present", lambda chosen, arch: chosen.dtype == "float32" and arch == "sm_90")
+    assert cuda.obstacle(GPU) is None
+    assert kernels.usable(Image)
+    assert "not prebuilt" in str(cuda.obstacle(GPU, "float16"))
+
+
+@needs_emulator
+def test_a_trial_finds_kernels_that_are_wrong(emulated, monkeypatch):
+    cpu = torch.device("cpu")
+    assert trial.disagreement(cpu, torch.float32) is None
+    right = launch.input_gradient
+    monkeypatch.setattr(launch, "input_gradient", lambda *a: right(*a[:-1], "full"))
+    assert trial.disagreement(cpu, torch.float32) == (
+        "the exact input gradient of a layer of 20 channels differs from that of plain torch"
+    )
+
+
+def test_kernels_that_do_not_load_are_not_used(gpu, monkeypatch):
+    def refuse(device, dtype):
+        raise RuntimeError("CUDA driver: no kernel image is available (209)")
+
+    monkeypatch.setattr(build, "lacking", lambda: None)
+    assert cuda.obstacle(GPU) is None
+    monkeypatch.setattr(trial, "disagreement", refuse)
+    assert "no kernel image" in str(cuda.obstacle(GPU))
+    monkeypatch.setattr(driver, "architecture", lambda device: "sm_61")
+    assert "no architecture that kernels are made for" in str(cuda.obstacle(GPU))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert cuda.obstacle(GPU) == "this torch is not made for CUDA"
+
+
+def test_kernels_can_be_turned_off(gpu, monkeypatch):
+    monkeypatch.setattr(build, "lacking", lambda: None)
+    assert kernels.usable(Image)
+    monkeypatch.setenv("ANNCVT_KERNELS", "torch")
+    assert not kernels.usable(Image)
+
+
+def test_training_says_that_it_will_be_slow(monkeypatch):
+    notes = []
+
+    class Notes:
+        def note(self, message):
+            notes.append(message)
+
+    network = AdderConv2d(3, 4, 3)
+    monkeypatch.setattr(warmup.kernels, "usable", lambda parameter: False)
+    warmup.compile_kernels(network, (3, 8, 8), Notes())
+    assert not notes
+    monkeypatch.setattr(warmup, "next", lambda *_: Image, raising=False)
+    monkeypatch.setattr(cuda, "obstacle", lambda device: "no TVM")
+    warmup.compile_kernels(network, (3, 8, 8), Notes())
+    assert notes == ["training on cuda:0 with slow pure-torch kernels: no TVM"]

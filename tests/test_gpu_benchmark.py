@@ -1,0 +1,50 @@
+"""The benchmark for GPUs, where there is none: its sections run on the CPU and find what is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import gpu
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """One small geometry."""
+    monkeypatch.setattr(gpu, "LOW", (2, 4, 5, 1, 5, 2, 1, 1, 1))
+    monkeypatch.setattr(gpu, "HIGH", (2, 4, 5, 1, 5, 2, 1, 1, 1))
+
+
+def test_every_section_runs_on_the_cpu(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    assert gpu.main(["--device", "cpu", "--quick", "--batch", "1", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
+    assert {row["section"] for row in rows} == {"about", *gpu.SECTIONS}
+    checked = [row for row in rows if "worst" in row]
+    assert len(checked) == 3 and all(len(row["worst"]) == 5 for row in checked)
+    assert all(took > 0 for row in rows if "Gtaps" in row and row["layer"] != "all" for took in row["ms"].values())
+    assert all(row["images/s"] > 0 for row in rows if "network" in row)
+
+
+@pytest.mark.parametrize("flaw", ["wrong", "racing"])
+def test_flaws_are_found(monkeypatch, flaw):
+    right, turns = gpu.op, []
+
+    def op(*arguments):
+        turns.append(1)
+        return right(*arguments) * (1.01 if flaw == "wrong" or len(turns) % 2 else 1)
+
+    monkeypatch.setattr(gpu, "op", op)
+    rows = list(gpu.correctness(CPU, True))
+    assert all(row["wrong"] for row in rows)
+    monkeypatch.setattr(gpu, "correctness", lambda *_: iter(rows))
+    assert gpu.main(["--device", "cpu", "--sections", "correctness", "--quick"]) == 1

@@ -1,48 +1,13 @@
-/* The ops of the domain ai.anncvt, version 1, for onnxruntime's CPU provider.
-
-   Adder2d(x, w)                                     float, [N, C, H, W]
-   AdderInteger2d(x, w)                              uint8 -> int32
-   Block(x), Unblock(x) <channels>                   float, [N, C, H, W] <-> [N, ceil(C/16), H, W, 16]
-   FusedAdder2d(x, w, scale, shift)                  float, blocked: clip(scale * adder + shift, low, high)
-   FusedAdder2dResidual(x, w, scale, shift, residual)  the same with a blocked residual added before the clip
-
-   The definitions in standard operators are what anncvt writes into a model. */
-#include <pthread.h>
+/* Ops: created once per node of a model, called with its inputs. */
 #include <stdlib.h>
 #include <string.h>
 
-#include "layer.h"
+#include "op.h"
 
-OrtApi *ort;
-
-enum { ADDER, INTEGER, FUSED, FUSED_RESIDUAL, BLOCK, UNBLOCK, OPS };
-enum { MOST_RANK = 5 };
-
-typedef struct {
-  OrtCustomOp callbacks; /* first: onnxruntime hands out a pointer to it */
-  int op, inputs, rank, type, result;
-  const char *name;
-} Op;
-
-typedef struct {
-  const Op *op;
-  Layer layer; /* sizes come with the input */
-  Epilogue epilogue;
-  int64_t channels; /* of Unblock */
-  uint8_t pad_value;
-  const Compiled *compiled; /* for this layer at some size */
-  char *constants;          /* packed for it, where the weights are constant */
-} Kernel;
-
-typedef struct {
-  int64_t rank, dimensions[MOST_RANK];
-  void *data;
-} Input;
-
-static OrtStatus *refuse(const char *message) { return CreateStatus(INVALID_ARGUMENT, message); }
+OrtStatus *refuse(const char *message) { return CreateStatus(INVALID_ARGUMENT, message); }
 static OrtStatus *no_memory(void) { return CreateStatus(FAILED, "ai.anncvt: out of memory"); }
 
-static OrtStatus *dimensions_of(const OrtTensorTypeAndShapeInfo *info, Input *input) {
+OrtStatus *dimensions_of(const OrtTensorTypeAndShapeInfo *info, Input *input) {
   size_t rank;
   TRY(GetDimensionsCount(info, &rank));
   input->rank = (int64_t)rank;
@@ -59,8 +24,7 @@ static OrtStatus *describe(const OrtValue *value, Input *input) {
   return GetTensorMutableData((OrtValue *)value, &input->data);
 }
 
-/* The weights set what belongs to them in the layer. */
-static OrtStatus *take_weight(const Input *weight, Layer *layer) {
+OrtStatus *take_weight(const Input *weight, Layer *layer) {
   const int64_t *size = weight->dimensions;
   if (weight->rank != 4 || size[0] < 1 || size[1] < 1 || size[2] < 1 || size[3] < 1)
     return refuse("ai.anncvt: weights must be [O, C/group, kh, kw]");
@@ -78,7 +42,7 @@ static int positive(const int64_t *values, int count) {
   return 1;
 }
 
-static OrtStatus *check_window(const Layer *layer) {
+OrtStatus *check_window(const Layer *layer) {
   if (!positive(layer->strides, 2) || !positive(layer->dilations, 2) || !positive(&layer->groups, 1))
     return refuse("ai.anncvt: strides, dilations and group must be positive");
   for (int i = 0; i < 4; ++i)
@@ -86,7 +50,7 @@ static OrtStatus *check_window(const Layer *layer) {
   return NULL;
 }
 
-static OrtStatus *check_size(const Layer *layer) {
+OrtStatus *check_size(const Layer *layer) {
   const int64_t height = layer->height + layer->pads[0] + layer->pads[2];
   const int64_t width = layer->width + layer->pads[1] + layer->pads[3];
   if (height < reach(layer, 0) || width < reach(layer, 1))
@@ -188,13 +152,13 @@ static OrtStatus *prepare(const OrtKernelInfo *info, Kernel *kernel) {
   return NULL;
 }
 
-static void destroy(void *memory) {
+void destroy(void *memory) {
   Kernel *kernel = memory;
   free(kernel->constants);
   free(kernel);
 }
 
-static OrtStatus *create(const OrtCustomOp *callbacks, OrtApi *api, const OrtKernelInfo *info, void **made) {
+OrtStatus *create(const OrtCustomOp *callbacks, OrtApi *api, const OrtKernelInfo *info, void **made) {
   (void)api;
   Kernel *kernel = calloc(1, sizeof *kernel);
   if (!kernel) return no_memory();
@@ -394,7 +358,7 @@ static OrtStatus *change_layout(const Kernel *kernel, OrtKernelContext *context,
   return NULL;
 }
 
-static OrtStatus *compute(void *memory, OrtKernelContext *context) {
+OrtStatus *compute(void *memory, OrtKernelContext *context) {
   const Kernel *kernel = memory;
   Input inputs[MOST_RANK];
   for (int i = 0; i < kernel->op->inputs; ++i) {
@@ -411,138 +375,5 @@ static OrtStatus *compute(void *memory, OrtKernelContext *context) {
   call.inputs = inputs;
   OrtStatus *status = run_adder(&call, context, &scratch);
   finish(&scratch);
-  return status;
-}
-
-/* Shapes of outputs, when a model is loaded. What is not known yet is left open. */
-
-static OrtStatus *shape_attribute(const OrtShapeInferContext *context, const char *name, int64_t *values, size_t count) {
-  const OrtOpAttr *attribute;
-  size_t bytes;
-  TRY(ShapeInferContext_GetAttribute(context, name, &attribute));
-  return ReadOpAttr(attribute, count == 1 ? ATTRIBUTE_INT : ATTRIBUTE_INTS, values, count * sizeof *values, &bytes);
-}
-
-static OrtStatus *input_shape(const OrtShapeInferContext *context, size_t index, Input *input, const char **batch) {
-  OrtTensorTypeAndShapeInfo *info; /* belongs to the context */
-  const char *names[MOST_RANK];
-  TRY(ShapeInferContext_GetInputTypeShape(context, index, &info));
-  TRY(dimensions_of(info, input));
-  *batch = "";
-  if (!input->rank) return NULL;
-  TRY(GetSymbolicDimensions(info, names, (size_t)input->rank));
-  *batch = names[0];
-  return NULL;
-}
-
-static int known(const int64_t *sizes, int count) {
-  for (int i = 0; i < count; ++i)
-    if (sizes[i] < 1) return 0;
-  return 1;
-}
-
-static OrtStatus *set_shape(OrtShapeInferContext *context, int type, const int64_t *shape, int rank, const char *batch) {
-  const char *names[MOST_RANK] = {batch, "", "", "", ""};
-  OrtTensorTypeAndShapeInfo *info;
-  TRY(CreateTensorTypeAndShapeInfo(&info));
-  OrtStatus *status = SetTensorElementType(info, type);
-  if (!status) status = SetDimensions(info, shape, (size_t)rank);
-  if (!status) status = SetSymbolicDimensions(info, names, (size_t)rank);
-  if (!status) status = ShapeInferContext_SetOutputTypeShape(context, 0, info);
-  ReleaseTensorTypeAndShapeInfo(info);
-  return status;
-}
-
-static OrtStatus *infer(const OrtCustomOp *callbacks, OrtShapeInferContext *context) {
-  const Op *op = (const Op *)callbacks;
-  Input x, weight;
-  const char *batch, *unused;
-  TRY(input_shape(context, 0, &x, &batch));
-  const int64_t *size = x.dimensions;
-  if (x.rank != op->rank || !known(size + 1, op->rank - 1) || (size[0] < 1 && !*batch)) return NULL;
-  int64_t shape[] = {size[0], size[1], size[2], size[3], LANES};
-  if (op->op == BLOCK) {
-    shape[1] = blocks(size[1]);
-    return set_shape(context, op->result, shape, 5, batch);
-  }
-  if (op->op == UNBLOCK) {
-    TRY(shape_attribute(context, "channels", &shape[1], 1));
-    return set_shape(context, op->result, shape, 4, batch);
-  }
-  Layer layer;
-  memset(&layer, 0, sizeof layer);
-  TRY(input_shape(context, 1, &weight, &unused));
-  if (weight.rank != 4 || !known(weight.dimensions, 4)) return NULL;
-  TRY(shape_attribute(context, "strides", layer.strides, 2));
-  TRY(shape_attribute(context, "pads", layer.pads, 4));
-  TRY(shape_attribute(context, "dilations", layer.dilations, 2));
-  layer.groups = 1; /* the size does not depend on it */
-  TRY(check_window(&layer));
-  TRY(take_weight(&weight, &layer));
-  layer.height = size[2];
-  layer.width = size[3];
-  TRY(check_size(&layer));
-  shape[1] = op->rank == 5 ? blocks(layer.outputs) : layer.outputs;
-  shape[2] = out_height(&layer);
-  shape[3] = out_width(&layer);
-  return set_shape(context, op->result, shape, op->rank, batch);
-}
-
-/* Registration. */
-
-static const char *name_of(const OrtCustomOp *op) { return ((const Op *)op)->name; }
-static const char *provider_of(const OrtCustomOp *op) { return (void)op, NULL; }
-static size_t inputs_of(const OrtCustomOp *op) { return (size_t)((const Op *)op)->inputs; }
-static size_t outputs_of(const OrtCustomOp *op) { return (void)op, (size_t)1; }
-static int type_of(const OrtCustomOp *op, size_t index) { return (void)index, ((const Op *)op)->type; }
-static int result_of(const OrtCustomOp *op, size_t index) { return (void)index, ((const Op *)op)->result; }
-static int required(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, 0; }
-static int one(const OrtCustomOp *op) { return (void)op, 1; }
-
-#define OP(op, name, inputs, rank, type, result)                                                                    \
-  {                                                                                                                 \
-    {API_VERSION, NULL,     name_of,  provider_of, type_of, inputs_of, result_of, outputs_of, NULL,    destroy, required, \
-     required,    required, one,      one,         one,     one,       create,    compute,    infer,   one,     one},     \
-        op, inputs, rank, type, result, name                                                                        \
-  }
-
-static const Op ops[OPS] = {
-    OP(ADDER, "Adder2d", 2, 4, TYPE_FLOAT, TYPE_FLOAT),
-    OP(INTEGER, "AdderInteger2d", 2, 4, TYPE_UINT8, TYPE_INT32),
-    OP(FUSED, "FusedAdder2d", 4, 5, TYPE_FLOAT, TYPE_FLOAT),
-    OP(FUSED_RESIDUAL, "FusedAdder2dResidual", 5, 5, TYPE_FLOAT, TYPE_FLOAT),
-    OP(BLOCK, "Block", 1, 4, TYPE_FLOAT, TYPE_FLOAT),
-    OP(UNBLOCK, "Unblock", 1, 5, TYPE_FLOAT, TYPE_FLOAT),
-};
-
-static pthread_mutex_t registering = PTHREAD_MUTEX_INITIALIZER;
-static OrtCustomOpDomain *domain; /* as long as the process: sessions refer to it */
-
-static OrtStatus *make_domain(void) {
-  if (domain) return NULL;
-  OrtCustomOpDomain *made;
-  TRY(CreateCustomOpDomain("ai.anncvt", &made));
-  for (int i = 0; i < OPS; ++i) TRY(CustomOpDomain_Add(made, &ops[i].callbacks));
-  domain = made;
-  return NULL;
-}
-
-__attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
-  OrtApi *api = base->GetApi(API_VERSION);
-  if (!api) { /* older: it has no table of this version, but every table begins with CreateStatus */
-    api = base->GetApi(1);
-    return api ? ((OrtStatus * (*)(int, const char *)) api[0])(FAILED, "ai.anncvt: needs onnxruntime 1.17 or later")
-               : NULL;
-  }
-  pthread_mutex_lock(&registering);
-  OrtStatus *status = NULL;
-  if (ort && ort != api)
-    status = ((OrtStatus * (*)(int, const char *)) api[0])(
-        FAILED, "ai.anncvt: registered with another onnxruntime in this process");
-  else
-    ort = api;
-  if (!status) status = make_domain();
-  if (!status) status = AddCustomOpDomain(options, domain);
-  pthread_mutex_unlock(&registering);
   return status;
 }

@@ -20,6 +20,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("cc") is None, r
 
 ROOT = Path(__file__).parent.parent.parent
 BATCH = 3
+#: A library without compiled kernels.
+LOOPS = "loops.so"
 #: The oldest that the project supports, and the newest that there is.
 VERSIONS = ["onnxruntime==1.19.*", "onnxruntime"]
 
@@ -33,6 +35,7 @@ def folder(tmp_path_factory):
     models = [export_network(network, SIZE, folder / f"{fuse}.onnx", fuse=fuse) for fuse in (False, True)]
     # valgrind knows no AVX-512.
     onnx_native.build(models, folder / onnx_native.LIBRARY, target="avx2" if "avx2" in cpu_flags() else "cpu")
+    onnx_native.build([], folder / LOOPS, target="cpu")
     images = np.random.default_rng(0).normal(size=(BATCH, *SIZE)).astype(np.float32)
     images.tofile(folder / "images.bin")
     np.save(folder / "images.npy", images)
@@ -53,11 +56,11 @@ def program(folder):
     return program
 
 
-def command(program, folder, model, threads):
+def command(program, folder, model, threads, library=onnx_native.LIBRARY):
     (shared,) = Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so*")
     numbers = [threads, BATCH, *SIZE]
     files = [folder / "images.bin", folder / "out.bin"]
-    return list(map(str, [program, shared, folder / onnx_native.LIBRARY, folder / model, *numbers, *files]))
+    return list(map(str, [program, shared, folder / library, folder / model, *numbers, *files]))
 
 
 def assert_logits(folder, actual):
@@ -75,17 +78,24 @@ def test_from_cpp(program, folder, model, threads):
 
 
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="needs valgrind")
-@pytest.mark.parametrize("model", ["False.onnx", "True.onnx"], ids=["plain", "fused"])
-def test_under_valgrind(program, folder, model):
+@pytest.mark.parametrize(
+    ("model", "library"),
+    [("False.onnx", onnx_native.LIBRARY), ("True.onnx", onnx_native.LIBRARY), ("True.onnx", LOOPS)],
+    ids=["plain", "fused", "loops"],
+)
+def test_under_valgrind(program, folder, model, library):
     """No wrong access and no leak that the library has a part in (onnxruntime's own are not ours to judge)."""
     options = ["--leak-check=full", "--show-leak-kinds=definite,indirect,possible", "--num-callers=40"]
     done = subprocess.run(
-        ["valgrind", *options, *command(program, folder, model, 2)], capture_output=True, text=True, check=False
+        ["valgrind", *options, *command(program, folder, model, 2, library)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert_logits(folder, np.fromfile(folder / "out.bin", np.float32))
     assert "ERROR SUMMARY" in done.stderr
-    assert not re.findall(rf"(?:at|by) 0x\w+: .*{re.escape(onnx_native.LIBRARY)}.*", done.stderr)
+    assert not re.findall(rf"(?:at|by) 0x\w+: .*{re.escape(library)}.*", done.stderr)
 
 
 SCRIPT = """

@@ -1,0 +1,44 @@
+/* The ops, and what creating, calling and shaping them shares. */
+#ifndef ANNCVT_OP_H
+#define ANNCVT_OP_H
+
+#include "layer.h"
+
+enum { ADDER, INTEGER, FUSED, FUSED_RESIDUAL, BLOCK, UNBLOCK, OPS };
+enum { MOST_RANK = 5 };
+
+typedef struct {
+  OrtCustomOp callbacks; /* first: onnxruntime hands out a pointer to it */
+  int op, inputs, rank, type, result;
+  const char *name;
+} Op;
+
+typedef struct {
+  const Op *op;
+  Layer layer; /* sizes come with the input */
+  Epilogue epilogue;
+  int64_t channels; /* of Unblock */
+  uint8_t pad_value;
+  const Compiled *compiled; /* for this layer at some size */
+  char *constants;          /* packed for it, where the weights are constant */
+} Kernel;
+
+typedef struct {
+  int64_t rank, dimensions[MOST_RANK];
+  void *data;
+} Input;
+
+/* ops.c: errors, descriptions of inputs, and checks. */
+OrtStatus *refuse(const char *message);
+OrtStatus *dimensions_of(const OrtTensorTypeAndShapeInfo *info, Input *input);
+OrtStatus *take_weight(const Input *weight, Layer *layer); /* sets what belongs to the weights in the layer */
+OrtStatus *check_window(const Layer *layer);
+OrtStatus *check_size(const Layer *layer);
+
+/* What onnxruntime calls: of ops.c, and of shapes.c. */
+OrtStatus *create(const OrtCustomOp *callbacks, OrtApi *api, const OrtKernelInfo *info, void **made);
+void destroy(void *memory);
+OrtStatus *compute(void *memory, OrtKernelContext *context);
+OrtStatus *infer(const OrtCustomOp *callbacks, OrtShapeInferContext *context);
+
+#endif

@@ -595,7 +595,9 @@ def build_kernels(
     unknown = next((dtype for dtype in dtypes if dtype not in DTYPES), None)
     if unknown is not None:
         raise AnncvtError(f"no kernels for images of type {unknown!r}", fix=f"choose of {', '.join(DTYPES)}")
-    return build.build(list(variants(dtypes=dtypes)), archs, folder=output and Path(output), progress=progress)
+    return build.build(
+        list(variants(dtypes=dtypes)), archs, folder=None if output is None else Path(output), progress=progress
+    )
 
 
 def _distill_config(config: DistillConfig | None, seed: int, **given: Any) -> DistillConfig:

@@ -77,7 +77,7 @@ def build(
         progress.task("compile CUDA kernels", len(pairs)) as task,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
-        for _ in pool.map(lambda pair: cubin(*pair, folder), pairs):
+        for _ in pool.map(lambda pair: cubin(pair[0], pair[1], folder), pairs):
             task.advance()
     if not all(present(*pair, folder) for pair in pairs):
         place = str(folder or store.folder())

@@ -43,30 +43,17 @@ static inline uint anncvt_absdiff4(uint a, uint b, uint sum) {
   return sum;
 }
 
-static inline float anncvt_from_float16(ushort bits) {
-  _Float16 value;
-  memcpy(&value, &bits, 2);
-  return value;
+template <class To, class From> static inline To same_bits(From value) {
+  To result;
+  static_assert(sizeof result == sizeof value);
+  memcpy(&result, &value, sizeof result);
+  return result;
 }
 
-static inline ushort anncvt_to_float16(float value) {
-  _Float16 half = value;
-  ushort bits;
-  memcpy(&bits, &half, 2);
-  return bits;
-}
-
-static inline uint anncvt_bits(float value) {
-  uint bits;
-  memcpy(&bits, &value, 4);
-  return bits;
-}
-
-static inline float anncvt_value(uint bits) {
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
+static inline float anncvt_from_float16(ushort bits) { return same_bits<_Float16>(bits); }
+static inline ushort anncvt_to_float16(float value) { return same_bits<ushort>((_Float16)value); }
+static inline uint anncvt_bits(float value) { return same_bits<uint>(value); }
+static inline float anncvt_value(uint bits) { return same_bits<float>(bits); }
 
 static ucontext_t scheduler;
 static std::vector<ucontext_t> fibers;

@@ -23,6 +23,7 @@ def small(monkeypatch):
     monkeypatch.setattr(gpu, "HIGH", (2, 4, 5, 1, 5, 2, 1, 1, 1))
 
 
+@pytest.mark.slow
 def test_every_section_runs_on_the_cpu(tmp_path, capsys):
     path = tmp_path / "rows.json"
     assert gpu.main(["--device", "cpu", "--quick", "--batch", "1", "--json", str(path)]) == 0
@@ -33,6 +34,18 @@ def test_every_section_runs_on_the_cpu(tmp_path, capsys):
     assert len(checked) == 3 and all(len(row["worst"]) == 5 for row in checked)
     assert all(took > 0 for row in rows if "Gtaps" in row and row["layer"] != "all" for took in row["ms"].values())
     assert all(row["images/s"] > 0 for row in rows if "network" in row)
+
+
+def test_a_section_that_breaks_leaves_the_others(monkeypatch, capsys):
+    def broken(*arguments):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(gpu, "correctness", broken)
+    monkeypatch.setattr(gpu, "steps", lambda *_: iter([{"network": "none"}]))
+    assert gpu.main(["--device", "cpu", "--sections", "correctness,steps", "--quick"]) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {"section": "correctness", "failed": "RuntimeError: an illegal memory access"} in rows
+    assert {"section": "steps", "network": "none"} in rows
 
 
 @pytest.mark.parametrize("flaw", ["wrong", "racing"])

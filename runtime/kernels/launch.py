@@ -14,6 +14,7 @@ from anncvt.runtime.geometry import expand_padding
 from anncvt.runtime.kernels import cache
 from anncvt.runtime.kernels.spec import SHARPNESS, Spec, as_pair, divisor, lanes_for
 from anncvt.runtime.kernels.target import Cpu, host
+from anncvt.runtime.kernels.tensors import multiplier, nhwc
 
 _ALIGNMENT = 64
 
@@ -22,7 +23,7 @@ def forward(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> Tensor:
     """See :func:`anncvt.runtime.fallback.forward`."""
-    repeat = _repeat(weight, groups)
+    repeat = multiplier(weight, groups)
     if repeat > 1:
         return forward(x.repeat_interleave(repeat, 1), weight, stride, padding, dilation, groups * repeat)
     spec = _spec("forward", x, weight, stride, padding, dilation, groups)
@@ -33,7 +34,7 @@ def forward(
         packed = _pack_outputs(weight, spec)
         # The sum of the weights of each filter, in the order of the outputs.
         sums = packed.sum((2, 3, 4, 5)).view(-1)
-        _call(spec, _nhwc(x), packed, sums, 2.0, y)
+        _call(spec, nhwc(x), packed, sums, 2.0, y)
     return _unpad(y, weight.shape[0], 1 if spec.depthwise else groups)
 
 
@@ -48,7 +49,7 @@ def input_gradient(
     gradient: str,
 ) -> Tensor:
     """See :func:`anncvt.runtime.fallback.input_gradient`."""
-    repeat = _repeat(weight, groups)
+    repeat = multiplier(weight, groups)
     if repeat > 1:
         wide = x.repeat_interleave(repeat, 1)
         result = input_gradient(grad, wide, weight, stride, padding, dilation, groups * repeat, gradient)
@@ -63,7 +64,7 @@ def input_gradient(
         packed = _pack_inputs(weight, spec)
         if gradient == "exact":
             packed = packed * SHARPNESS  # not in place: packed may be the weight itself
-        _call(spec, _nhwc(padded), _nhwc(grad), packed, 1.0, y)
+        _call(spec, nhwc(padded), nhwc(grad), packed, 1.0, y)
     return _unpad(y, x.shape[1], 1 if depthwise else groups)
 
 
@@ -77,7 +78,7 @@ def exact_weight_gradient(
     groups: int,
 ) -> Tensor:
     """See :func:`anncvt.runtime.fallback.exact_weight_gradient`."""
-    repeat = _repeat(weight, groups)
+    repeat = multiplier(weight, groups)
     if repeat > 1:
         wide = x.repeat_interleave(repeat, 1)
         return exact_weight_gradient(grad, wide, weight, stride, padding, dilation, groups * repeat)
@@ -89,7 +90,7 @@ def exact_weight_gradient(
     grad = _pad_channels(grad, 1 if spec.depthwise else groups, spec.groups * spec.outputs)
     if spec.depthwise:
         x = _pad_channels(x, 1, spec.groups * spec.lanes)
-    _call(spec, _nhwc(x), _nhwc(grad), packed * SHARPNESS, 1.0, parts)
+    _call(spec, nhwc(x), nhwc(grad), packed * SHARPNESS, 1.0, parts)
     return _unpack_outputs(parts.sum(0), weight, spec)
 
 
@@ -149,15 +150,6 @@ def _spec_of(
 def _call(spec: Spec, *arguments: Tensor | float) -> None:
     cache.use_threads(torch.get_num_threads())
     cache.kernel(spec)(*[a.clone() if isinstance(a, Tensor) and a.data_ptr() % _ALIGNMENT else a for a in arguments])
-
-
-def _repeat(weight: Tensor, groups: int) -> int:
-    """Outputs per channel of a depthwise layer with a multiplier: its channels are repeated, then it is depthwise."""
-    return weight.shape[0] // groups if groups > 1 and weight.shape[1] == 1 else 1
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.detach().permute(0, 2, 3, 1).contiguous()
 
 
 def _pad_channels(x: Tensor, groups: int, channels: int) -> Tensor:

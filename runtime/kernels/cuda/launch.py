@@ -17,6 +17,7 @@ from anncvt.runtime.kernels.cuda import driver
 from anncvt.runtime.kernels.cuda.geometry import Layer, Walk, layer, split
 from anncvt.runtime.kernels.cuda.variant import FLAT, LANES, SHARPNESS, Variant, tile_for
 from anncvt.runtime.kernels.spec import as_pair
+from anncvt.runtime.kernels.tensors import multiplier, nhwc
 
 #: Kernels index with 32 bits: the most elements of one call's tensors.
 MOST_ELEMENTS = 2**31 - 1
@@ -28,7 +29,7 @@ def forward(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> Tensor:
     """See :func:`anncvt.runtime.fallback.forward`."""
-    repeat = _repeat(weight, groups)
+    repeat = multiplier(weight, groups)
     if repeat > 1:
         return forward(x.repeat_interleave(repeat, 1), weight, stride, padding, dilation, groups * repeat)
     shape = _layer(x, weight, stride, padding, dilation)
@@ -50,7 +51,7 @@ def input_gradient(
     gradient: str,
 ) -> Tensor:
     """See :func:`anncvt.runtime.fallback.input_gradient`."""
-    repeat = _repeat(weight, groups)
+    repeat = multiplier(weight, groups)
     if repeat > 1:
         wide = x.repeat_interleave(repeat, 1)
         result = input_gradient(grad, wide, weight, stride, padding, dilation, groups * repeat, gradient)
@@ -77,7 +78,7 @@ def exact_weight_gradient(
     groups: int,
 ) -> Tensor:
     """See :func:`anncvt.runtime.fallback.exact_weight_gradient`; float32."""
-    repeat = _repeat(weight, groups)
+    repeat = multiplier(weight, groups)
     if repeat > 1:
         wide = x.repeat_interleave(repeat, 1)
         return exact_weight_gradient(grad, wide, weight, stride, padding, dilation, groups * repeat)
@@ -272,12 +273,7 @@ def _name(x: Tensor) -> str:
 
 
 def _nhwc(x: Tensor) -> Tensor:
-    return _aligned(x.detach().permute(0, 2, 3, 1).contiguous())
-
-
-def _repeat(weight: Tensor, groups: int) -> int:
-    """Outputs per channel of a depthwise layer with a multiplier: its channels are repeated, then it is depthwise."""
-    return weight.shape[0] // groups if groups > 1 and weight.shape[1] == 1 else 1
+    return _aligned(nhwc(x))
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def check(
 
     Args:
         pixels: ``[N, C, H, W]`` uint8, a few: the reference is slow.
-        library: what :func:`anncvt.runtime.tvm.compile_integers` wrote, or None.
+        library: what :func:`anncvt.runtime.tvm.compile_network` wrote, or None.
 
     Returns:
         ``{"ok", "images", "reference", "layers": [names], "backends": {name: {"ok", "compared": [names],

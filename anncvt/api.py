@@ -416,7 +416,7 @@ def compile(
     program = _opened(program, progress)
     if not integers:
         return tvm.compile(program, _beside(program, path, LIBRARY), target=target, batch=batch, progress=progress)
-    return tvm.compile_integers(
+    return tvm.compile_network(
         integer_network.load(program.folder or ""),
         program.preprocess,
         _beside(program, path, INTEGER_LIBRARY),

@@ -86,7 +86,7 @@ def build(name: str, size: int, batch: int, folder: Path, rows: list[str]) -> No
         if network is None:
             tvm.compile(program, path, batch=batch)
         else:
-            tvm.compile_integers(network, program.preprocess, path, batch=batch)
+            tvm.compile_network(network, program.preprocess, path, batch=batch)
         print(f"{name}: {row} compiled in {time.monotonic() - begin:.1f} s", flush=True)
 
 

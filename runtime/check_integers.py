@@ -43,7 +43,7 @@ def check(
     Args:
         pixels: ``[N, C, H, W]`` uint8, a few: the reference is slow.
         onnx_path: the exported network; None: it is left out.
-        so_path: what :func:`anncvt.runtime.tvm.compile_integers` wrote; None: it is left out.
+        so_path: what :func:`anncvt.runtime.tvm.compile_network` wrote; None: it is left out.
 
     Returns:
         ``{"ok", "images", "reference", "layers": [names], "backends": {name: {"ok", "compared": [names],

@@ -19,13 +19,13 @@ from anncvt.errors import AnncvtError
 from anncvt.files import atomic_path
 from anncvt.progress import SILENT, Progress
 from anncvt.runtime import artifact, processor
+from anncvt.runtime.integer_network import IntegerNetwork
 
 if TYPE_CHECKING:
     from torch import nn
     from tvm import ir
 
     from anncvt.program import Preprocess, Program
-    from anncvt.runtime.integer_network import IntegerNetwork
     from anncvt.runtime.kernels.deployment import Deployment
 
 FORMAT = 1
@@ -73,8 +73,12 @@ def about(program: Program) -> dict[str, Any]:
     return {"model": program.source.name, "arch": program.source.arch, "classes": program.classes}
 
 
+#: Batch size of each function by name, target -> the module, what a manifest says of its input and of its output.
+Lowered = Callable[[dict[str, int], "Deployment"], "tuple[ir.IRModule, dict[str, Any], dict[str, Any]]"]
+
+
 def compile_network(
-    network: nn.Module,
+    network: nn.Module | IntegerNetwork,
     preprocess: Preprocess,
     path: str | Path,
     *,
@@ -83,57 +87,43 @@ def compile_network(
     about: dict[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> Path:
-    """Compile any network of convolutions and adders, see :func:`compile`; ``about`` goes into the manifest."""
-    require()
-    from anncvt.runtime.kernels.network import export, lower
+    """Compile any network of convolutions and adders, see :func:`compile`; ``about`` goes into the manifest.
 
-    size = preprocess.input_size
+    An integer network takes pixels, bytes as they are in a picture, and gives int32 logits, bit for bit those of its
+    reference. Its normalisation is part of it: nothing is computed in floats.
+    """
+    require()
+    about = about or {}
+    if isinstance(network, IntegerNetwork):
+        lowered, about = _integers(network), {**about, "integers": network.settings}
+    else:
+        lowered = _floats(network, preprocess.input_size)
+    return _write(lowered, preprocess, Path(path), target, batch, about, progress)
+
+
+def _floats(network: nn.Module, size: Sequence[int]) -> Lowered:
+    from anncvt.runtime.kernels.network import export, lower
 
     def lowered(batches: dict[str, int], deployment: Deployment) -> tuple[ir.IRModule, dict[str, Any], dict[str, Any]]:
         programs = {name: export(network, (count, *size)) for name, count in batches.items()}
         module, shape = lower(programs, deployment)
-        return (
-            module,
-            {"name": "image", "shape": ["batch", *size], "dtype": "float32"},
-            {"name": "logits", "shape": ["batch", *shape], "dtype": "float32"},
-        )
+        source = {"name": "image", "shape": ["batch", *size], "dtype": "float32"}
+        return module, source, {"name": "logits", "shape": ["batch", *shape], "dtype": "float32"}
 
-    return _write(lowered, preprocess, Path(path), target, batch, about or {}, progress)
+    return lowered
 
 
-def compile_integers(
-    network: IntegerNetwork,
-    preprocess: Preprocess,
-    path: str | Path,
-    *,
-    target: str = "cpu",
-    batch: int | Sequence[int] = 1,
-    about: dict[str, Any] | None = None,
-    progress: Progress = SILENT,
-) -> Path:
-    """Compile an integer network: pixels, bytes as they are in a picture, to int32 logits, bit for bit its reference.
-
-    Its normalisation is part of the network, so that nothing is computed in floats. Arguments and errors are those of
-    :func:`compile_network`.
-    """
-    require()
+def _integers(network: IntegerNetwork) -> Lowered:
     from anncvt.runtime.kernels.integer_lowering import lower
 
     last = network.steps[-1]
-
-    def lowered(batches: dict[str, int], deployment: Deployment) -> tuple[ir.IRModule, dict[str, Any], dict[str, Any]]:
-        return (
-            lower(network, batches, deployment),
-            {"name": "pixels", "shape": ["batch", *network.input_shape], "dtype": "uint8"},
-            {"name": "logits", "shape": ["batch", last.shape[0]], "dtype": "int32", "scale": last.grid.scale},
-        )
-
-    described = {**(about or {}), "integers": network.settings}
-    return _write(lowered, preprocess, Path(path), target, batch, described, progress)
+    source = {"name": "pixels", "shape": ["batch", *network.input_shape], "dtype": "uint8"}
+    result = {"name": "logits", "shape": ["batch", last.shape[0]], "dtype": "int32", "scale": last.grid.scale}
+    return lambda batches, deployment: (lower(network, batches, deployment), source, result)
 
 
 def _write(
-    lowered: Callable[[dict[str, int], Deployment], tuple[ir.IRModule, dict[str, Any], dict[str, Any]]],
+    lowered: Lowered,
     preprocess: Preprocess,
     path: Path,
     target: str,
@@ -141,11 +131,7 @@ def _write(
     about: dict[str, Any],
     progress: Progress,
 ) -> Path:
-    """Lower a network, build it, and write it with its manifest.
-
-    Args:
-        lowered: batch size of each function by name, target -> the module, what the manifest says of input and output.
-    """
+    """Lower a network, build it, and write it with its manifest."""
     from anncvt.program import versions
     from anncvt.runtime.kernels.deployment import Deployment
     from anncvt.runtime.kernels.network import build_library

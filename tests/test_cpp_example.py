@@ -63,7 +63,7 @@ def integers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = RANDOM.permuted(np.tile(np.arange(256, dtype=np.uint8), (3, 1)), axis=1)
     network = IntegerNetwork((step,), (3, 4, 5), Grid(1.0, 0), table, {"bits": 8})
     path = tmp_path_factory.mktemp("integers") / "model.int8.so"
-    return runtime.compile_integers(network, PREPROCESS, path, batch=2)
+    return runtime.compile_network(network, PREPROCESS, path, batch=2)
 
 
 def classify(built: Path, *arguments: object, code: int = 0) -> str:

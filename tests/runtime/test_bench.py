@@ -66,7 +66,7 @@ def test_files_of_the_folder_are_timed_and_the_time_limit_keeps_one_burst(tmp_pa
     onnx.export(program, tmp_path / "model.onnx")
     tvm.compile(program, tmp_path / "model.so")
     network = quantize(program, tiny_images())
-    tvm.compile_integers(network, program.preprocess, tmp_path / "model.int8.so")
+    tvm.compile_network(network, program.preprocess, tmp_path / "model.int8.so")
     monkeypatch.setattr(onnx, "export", None)  # the student must not be exported again
     result = bench(program, threads=1, repeats=1000, seconds=1e-6, teacher_in_tvm=True)
     names = [(row["network"], row["backend"], row["dtype"]) for row in result["rows"]]

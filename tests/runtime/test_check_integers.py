@@ -54,7 +54,7 @@ def test_the_whole_network_compiled_is_compared_by_its_logits(network, tmp_path)
     from anncvt.runtime import tvm
 
     preprocess = Preprocess((3, 8, 8), (0.5,), (0.25,))
-    library = tvm.compile_integers(network, preprocess, tmp_path / "model.int8.so")
+    library = tvm.compile_network(network, preprocess, tmp_path / "model.int8.so")
     row = check(network, PIXELS, so_path=library)["backends"]["TVM library"]
     assert row == {"ok": True, "compared": [network.steps[-1].name], "different": []}
     result = check(changed_at_the_end(network), PIXELS, so_path=library)

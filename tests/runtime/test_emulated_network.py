@@ -96,6 +96,6 @@ def test_networks_of_floats_and_of_integers(cpu: str, classify: Path, tmp_path: 
     assert np.abs(logits(floats, images.numpy()) - expected).max() <= 1e-5 * np.abs(expected).max()
 
     network = quantize(program, noise(16, (3, 8, 8)))
-    integers = runtime.compile_integers(network, program.preprocess, tmp_path / "model.int8.so", target=target, batch=2)
+    integers = runtime.compile_network(network, program.preprocess, tmp_path / "model.int8.so", target=target, batch=2)
     given = pixels.pixels.numpy()
     np.testing.assert_array_equal(logits(integers, given), integer_network.run(network, given))

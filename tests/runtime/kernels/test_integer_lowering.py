@@ -26,7 +26,7 @@ WIDE = (-(2**31), 2**31 - 1)
 def equal(network: IntegerNetwork, pixels: np.ndarray, folder: Path) -> runtime.Model:
     """The compiled network, after comparing it with the reference on all ``pixels``, at once and in parts."""
     preprocess = Preprocess(network.input_shape, (0.5,), (0.25,))
-    model = runtime.load(runtime.compile_integers(network, preprocess, folder / "model.int8.so", batch=4))
+    model = runtime.load(runtime.compile_network(network, preprocess, folder / "model.int8.so", batch=4))
     expected = integer_network.run(network, pixels)
     logits = model(pixels)
     assert logits.dtype == expected.dtype
@@ -124,7 +124,7 @@ def test_what_does_not_fit_bytes_is_refused_by_name(tmp_path):
     broad = adder("broad", ("flat",), 42, 4, epilogue(4, 42, *WIDE), None)
     last = adder("last", ("broad",), 4, 4, epilogue(4, 42, *WIDE), None)
     with pytest.raises(AnncvtError, match="broad"):
-        runtime.compile_integers(
+        runtime.compile_network(
             network(flat, broad, last, channels=1), Preprocess((1, 6, 7), (0.5,), (0.25,)), tmp_path / "model.so"
         )
     assert not list(tmp_path.iterdir())

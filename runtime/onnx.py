@@ -216,14 +216,16 @@ def _check_domain(path: Path) -> None:
     if not model.graph.node:
         raise AnncvtError("not an ONNX model, or damaged", where=str(path), fix="export it again")
     declared = {entry.domain: entry.version for entry in model.opset_import}
-    if declared.get(DOMAIN, VERSION) != VERSION:
+    used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
+    # Where a native library is registered, onnxruntime's tools declare its domain in every model that they write.
+    if used and declared.get(DOMAIN, VERSION) != VERSION:
         raise AnncvtError(
             f"it uses version {declared[DOMAIN]} of {DOMAIN}, this anncvt knows version {VERSION}",
             where=str(path),
             fix="open it with the anncvt that wrote it, or export it again",
         )
     bodies = {(function.domain, function.name) for function in model.functions}
-    missing = sorted({n.op_type for n in model.graph.node if n.domain == DOMAIN} - {name for _, name in bodies})
+    missing = sorted(used - {name for _, name in bodies})
     if missing:
         raise AnncvtError(
             f"it lacks the definition of {DOMAIN}::{', '.join(missing)} (a tool dropped the model's functions)",

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 INTEGER = ("integer.json", "integer.safetensors")
+#: What no longer fits when the integer network has changed.
+FROM_INTEGERS = ("model.int8.onnx", "model.int8.so", "hardware")
+#: And when the adder network has.
+FROM_STUDENT = ("model.onnx", "model.so", *INTEGER, *FROM_INTEGERS, "bench.json", "report.html")
+#: What a conversion or a command on its folder leaves there besides the program itself.
+PRODUCTS = ("train", "libanncvt_ort.so", *FROM_STUDENT)
 RECIPE, TEACHER, STUDENT = "program.json", "teacher.safetensors", "student.safetensors"
 
 
@@ -156,18 +162,7 @@ def _load(network: nn.Module, file: Path) -> None:
 
 def _foreign(folder: Path) -> bool:
     """Whether a folder holds anything but what this package writes beside a program."""
-    own = {
-        "train",
-        "model.onnx",
-        "model.so",
-        "report.html",
-        "hardware",
-        "bench.json",
-        *INTEGER,
-        RECIPE,
-        TEACHER,
-        STUDENT,
-    }
+    own = {*PRODUCTS, RECIPE, TEACHER, STUDENT}
     return any(entry.name not in own and not entry.name.startswith(".") for entry in folder.iterdir())
 
 

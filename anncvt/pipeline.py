@@ -7,7 +7,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,10 +43,6 @@ if TYPE_CHECKING:
 CALIBRATION_IMAGES = 5000
 #: Test images that accuracy is measured on between stages, unless a limit says otherwise.
 EVALUATION_IMAGES = 10_000
-#: What no longer fits when the adder network has changed.
-MADE_FROM_STUDENT = ("model.onnx", "model.so", *folder.INTEGER, "hardware", "bench.json", "report.html")
-#: What a conversion or a command on its folder leaves there besides the program itself.
-PRODUCTS = ("train", *MADE_FROM_STUDENT)
 
 
 def open_model(
@@ -192,11 +188,16 @@ def distil(
     yardstick.record(program, progress, student=last if integers is None else None)
     folder.save(program, output)
     pkkd.discard_checkpoint(output)
-    for name in MADE_FROM_STUDENT:
-        if (output / name).exists():
-            _remove(output / name)
-            progress.note(f"{name} was that of the network before and is removed")
+    discard(output, folder.FROM_STUDENT, progress)
     return program
+
+
+def discard(place: Path, names: Iterable[str], progress: Progress = SILENT) -> None:
+    """Remove what was made of a network that has changed, where it is there, and say so."""
+    for name in names:
+        if (place / name).exists():
+            _remove(place / name)
+            progress.note(f"{name} was that of the network before and is removed")
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,7 @@ def _check_free(output: Path, resume: bool, force: bool) -> None:
 
 def _clear(output: Path) -> None:
     """Remove what was made from the program that is about to be replaced."""
-    for name in PRODUCTS:
+    for name in folder.PRODUCTS:
         _remove(output / name)
 
 

@@ -72,6 +72,7 @@ def quantize_folder(
             network = quantize(program, images, config, trained_on=network, progress=progress)
         network.settings["epochs"] = training.epochs
     integer_network.save(network, place)
+    pipeline.discard(Path(place), folder.FROM_INTEGERS, progress)
     measured = None
     try:
         test = calibration.open("test", program.preprocess, at_most=EVALUATION_IMAGES, progress=progress)

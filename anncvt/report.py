@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from anncvt.folder import PRODUCTS
 from anncvt.measure import accuracy as measured_accuracy
-from anncvt.pipeline import PRODUCTS
 from anncvt.program import LayerPlan, Plan, Program
 
 #: Names of :data:`anncvt.layer_costs.NETWORKS` whose numbers are of one width.

@@ -119,8 +119,9 @@ class TestChain:
 
     def test_distilling_removes_what_was_exported_before(self, converted):
         answered("export", converted)
+        (converted / "model.int8.so").touch()
         answered("distill", converted, "--limit", 64, "--batch-size", 32)
-        assert not (converted / "model.onnx").exists()
+        assert not (converted / "model.onnx").exists() and not (converted / "model.int8.so").exists()
 
     def test_quiet_says_nothing(self, converted):
         assert anncvt("evaluate", converted, "--limit", 20, "-q").stderr == ""

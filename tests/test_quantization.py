@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -116,6 +117,8 @@ def test_the_integers_as_onnx(converted):
     assert written.exit_code == 0 and json.loads(written.stdout)["path"] == str(file)
     checked = call("check", str(converted), "--int8", "--layers")
     assert checked.exit_code == 0 and json.loads(checked.stdout)["backends"]["onnxruntime"]["ok"]
+    kept = shutil.copy(file, converted.parent / "kept.onnx")
     anncvt.quantize(converted, DataChoice("digits", limit=32), bits=4)
-    stale = call("check", str(converted), "--int8")
+    assert not file.exists(), "it was that of the integers before"
+    stale = call("check", str(converted), "--int8", "--onnx", kept)
     assert stale.exit_code == 1 and "anncvt export DIR --int8" in stale.stderr

@@ -97,7 +97,7 @@ def convert(model: str, output: Path | None, dry_run: bool, max_drop: float | No
         api.gate(measured, max_drop)
 
 
-@cli.command(epilog="Example: anncvt distill net.ann --epochs 10 --lr 0.02")
+@cli.command(epilog="Example: anncvt distill net.ann --epochs 10")
 @click.argument("folder", type=click.Path())
 @click.option("--data", metavar="DATA", help="Labelled images.  [default: those of the conversion]")
 @options.reading

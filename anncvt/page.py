@@ -68,8 +68,7 @@ def _accuracy(facts: dict[str, Any]) -> str:
     found = [
         (record["stage"] if record["stage"] != "evaluated" else record["metrics"]["of"], record["metrics"])
         for record in facts["history"]
-        if "images" in record["metrics"]
-        and any("top1" in value for value in record["metrics"].values() if isinstance(value, dict))
+        if "images" in record["metrics"] and any("top1" in record["metrics"].get(role, {}) for role in CLASSES)
     ]
     if not found:
         return ""

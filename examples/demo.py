@@ -79,7 +79,7 @@ def table(program: Program, parity: dict[str, Any], latency: dict[str, Any]) -> 
     shown.add_section()
     for number, row in enumerate(sorted(latency["rows"], key=lambda row: row["p50_ms"])):
         network = {"teacher": "CNN", "student": "adder network"}[row["network"]]
-        name = f"{network} in {row['backend']}"
+        name = f"{network} in {row['backend']}{', ' + row['dtype'] if row['dtype'] != 'float32' else ''}"
         shown.add_row("latency, one image" if number == 0 else "", name, f"{row['p50_ms']:.3f} ms")
     shown.add_section()
     macs = count(totals["macs"])

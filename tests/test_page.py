@@ -64,6 +64,15 @@ def test_a_report_has_every_part(converted):
     assert all(row["r2"] <= 1 and row["error"] >= 0 for row in layers.values())
 
 
+def test_the_best_epoch_of_a_distillation_is_no_measurement_of_its_own(converted):
+    anncvt.distill(converted, epochs=1, data=DataChoice("digits", limit=64), batch_size=32)
+    program = anncvt.load(converted)
+    distilled = next(record for record in program.history if record.stage == "distilled")
+    assert "best" in distilled.metrics
+    distilled.metrics["images"] = 50_000  # more to train on than to measure on
+    assert "Accuracy" in read(page(gather(program)))
+
+
 def test_a_report_of_little(converted):
     """No bench, no integers, no images, and a name that is not HTML."""
     program = anncvt.load(converted)

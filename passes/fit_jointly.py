@@ -22,7 +22,7 @@ from anncvt.progress import SILENT, Progress
 
 @dataclass(frozen=True)
 class JointFit:
-    """How all layers are fitted together; the defaults are what measured best (benchmarks/RESULTS.md)."""
+    """How all layers are fitted together; the rates measured best before there were blocks (benchmarks/RESULTS.md)."""
 
     steps: int = 300
     batch_size: int = 64

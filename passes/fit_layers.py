@@ -26,7 +26,7 @@ SETTLING = 65536
 
 @dataclass(frozen=True)
 class LayerFit:
-    """How one layer is fitted; the defaults are what measured best (benchmarks/RESULTS.md)."""
+    """How one layer is fitted; the rates measured best before there were blocks (benchmarks/RESULTS.md)."""
 
     steps: int = 600
     least_steps: int = 20  # however short the time is

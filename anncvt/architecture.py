@@ -75,7 +75,7 @@ def _called(arch: str, make: Any) -> nn.Module:
     from torch import nn
 
     try:
-        network = make()
+        network = zoo.with_torchvision(make)
     except AnncvtError:
         raise
     except Exception as error:
@@ -85,6 +85,10 @@ def _called(arch: str, make: Any) -> nn.Module:
         ) from error
     if not isinstance(network, nn.Module):
         raise AnncvtError(f"{arch} makes a {type(network).__name__}, not a torch.nn.Module", fix="name its factory")
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in network.parameters()):
+        raise AnncvtError(
+            f"{arch} has lazy layers, whose sizes are not known yet", fix="let its factory run it once, or state the sizes"
+        )
     return network
 
 
@@ -153,7 +157,7 @@ def _importable(top: str) -> bool:
 
 def _imported(module: str) -> ModuleType:
     try:
-        return importlib.import_module(module)
+        return zoo.with_torchvision(lambda: importlib.import_module(module))
     except Exception as error:  # whatever the user's file raises
         raise AnncvtError(
             f"importing {module!r} failed: {type(error).__name__}: {error}", fix="fix that file"

@@ -37,10 +37,14 @@ _NOT_WEIGHTS: dict[str, tuple[str, str]] = {
     "html": ("a saved web page, not a checkpoint", "download the file itself (the 'raw' or 'download' link)"),
     "onnx": ("an ONNX graph; the converter needs the PyTorch network", _RESAVE),
     "hdf5": ("a Keras/HDF5 file", "convert it to PyTorch first, then " + _RESAVE),
-    "legacy-tar": ("written by a PyTorch older than 0.2", "load it with an old PyTorch, then " + _RESAVE),
+    "tar": (
+        "a tar archive",
+        "unpack it and name the checkpoint inside; if PyTorch older than 0.2 wrote it, load it with that, then " + _RESAVE,
+    ),
+    "gzip": ("compressed with gzip", "decompress it with gunzip"),
     "pickle": ("a plain pickle, not written by torch.save", _RESAVE),
     "numpy": ("a NumPy file", _RESAVE),
-    "zip": ("a zip archive that is not a checkpoint", _RESAVE),
+    "zip": ("a zip archive that is not a checkpoint", "if there is a checkpoint inside, unpack it; else " + _RESAVE),
     "unknown": ("not a checkpoint of a known kind", "anncvt reads torch.save files, safetensors, TorchScript and .pt2"),
 }
 
@@ -91,7 +95,9 @@ def sniff(path: Path) -> str:
     if head.startswith(b"\x93NUMPY"):
         return "numpy"
     if head[257:262] == b"ustar":
-        return "legacy-tar"
+        return "tar"
+    if head.startswith(b"\x1f\x8b"):
+        return "gzip"
     if head[:1] == b"\x08" and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a"):
         return "onnx"
     return "pickle" if head[:1] == b"\x80" else "unknown"
@@ -135,9 +141,12 @@ def sha256(path: Path) -> str:
 def _sniff_zip(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = {name.partition("/")[2] or name for name in archive.namelist()}
+            entries = archive.infolist()
     except Exception as error:  # zipfile raises a dozen kinds on a damaged directory
         raise pickles.corrupt(str(path), "its table of contents is unreadable") from error
+    if entries and min(entry.header_offset for entry in entries) > 0:
+        raise pickles.corrupt(str(path), "its own table of contents is missing, there is one of an archive inside")
+    names = {entry.filename.partition("/")[2] or entry.filename for entry in entries}
     if "serialized_exported_program.json" in names or any(
         name.startswith("models/") and name.endswith(".json") for name in names
     ):

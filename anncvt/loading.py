@@ -341,7 +341,7 @@ def _run_pickle(path: Path) -> Weights:
 
     try:
         with on_path(str(path.resolve().parent)):  # where the classes of a pickled module often are
-            value = torch.load(path, map_location="cpu", weights_only=False)
+            value = zoo.with_torchvision(lambda: torch.load(path, map_location="cpu", weights_only=False))
     except Exception as error:
         raise AnncvtError(f"cannot be unpickled: {type(error).__name__}: {error}", where=str(path)) from error
     module = value if isinstance(value, nn.Module) else None

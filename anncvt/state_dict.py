@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,13 +93,17 @@ def weights(checkpoint: Checkpoint, where: str) -> Weights:
 def _weights(checkpoint: Checkpoint, where: str) -> Weights:
     value, notes, module = _unwrap(checkpoint.value, where)
     if isinstance(value, Inert):
-        module = value.path.removeprefix("__torch__.")
+        module = re.sub(r"___torch_mangle_\d+\.", "", value.path.removeprefix("__torch__."))
         leaves = _of_module(value, where)
-        notes.append(f"took the weights out of a pickled {module.rpartition('.')[2]}")
+        kind = "TorchScript" if checkpoint.kind == "torchscript" else "pickled"
+        notes.append(f"took the weights out of a {kind} {module.rpartition('.')[2]}")
     else:
         leaves = {name: leaf for name, leaf in value.items() if isinstance(name, str) and _is_tensor(leaf)}
     if not leaves:
         raise AnncvtError("no weights inside", where=where, fix="save torch.save(model.state_dict(), path)")
+    if "n_averaged" in leaves and all(name.startswith("module.") for name in leaves if name != "n_averaged"):
+        del leaves["n_averaged"]
+        notes.append("the moving average that torch.optim.swa_utils.AveragedModel keeps")
     return Weights({name: checkpoint.tensor(leaf) for name, leaf in leaves.items()}, tuple(notes), module)
 
 
@@ -179,10 +184,10 @@ def _unwrap(value: Any, where: str) -> tuple[Any, list[str], str | None]:
         inside = {k: v for k, v in value.items() if isinstance(k, str) and _holds_weights(v)}
         key = next((k for k in WRAPPERS if k in inside), next(iter(inside), None) if len(inside) == 1 else None)
         if key is None:
-            listed = ", ".join(map(repr, list(inside or value)[:8]))
+            listed = ", under " + ", ".join(map(repr, list(inside or value)[:8])) if value else ""
             what = "several networks" if inside else "no weights"
             raise AnncvtError(
-                f"{what} inside, under {listed}", where=where, fix="save the one network's state_dict() alone"
+                f"{what} inside{listed}", where=where, fix="save the one network's state_dict() alone"
             )
         others = [k for k in inside if k != key]
         notes.append(f"weights taken from '{key}'" + (f" (also there: {', '.join(others[:4])})" if others else ""))
@@ -211,6 +216,8 @@ def _is_module(value: Inert) -> bool:
 
 
 def _kind(value: Any) -> str:
+    if _is_tensor(value):
+        return "single tensor"
     return value.path if isinstance(value, Inert) else type(value).__name__
 
 

@@ -8,11 +8,11 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from anncvt.errors import AnncvtError, first_line
 from anncvt.program import Preprocess
@@ -24,6 +24,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ZOOS = ("torchvision", "timm")
 #: A clip of a video network, unless the user says else.
 FRAMES = 16
+T = TypeVar("T")
 _KEEP_ALIVE: list[Any] = []
 _untold: list[str] = []
 #: What a configuration file may not tell timm's factory: to read other files, or to fetch weights.
@@ -59,7 +60,7 @@ def import_torchvision() -> ModuleType:
     except ImportError as error:
         raise AnncvtError("torchvision is not installed", fix="pip install --no-deps torchvision") from error
     except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
+        if not _lacks_schemas(error):
             raise AnncvtError(
                 f"torchvision does not fit the installed torch: {error}", fix="install the release made for it"
             ) from error
@@ -81,6 +82,21 @@ def import_torchvision() -> ModuleType:
         raise AnncvtError(
             f"torchvision does not fit the installed torch: {error}", fix="install the release made for it"
         ) from error
+
+
+def with_torchvision(act: Callable[[], T]) -> T:
+    """What ``act`` returns, which may import torchvision: where that fails beside a CPU torch, it is tried again."""
+    try:
+        return act()
+    except RuntimeError as error:
+        if not _lacks_schemas(error):
+            raise
+    import_torchvision()
+    return act()
+
+
+def _lacks_schemas(error: RuntimeError) -> bool:
+    return "operator torchvision::" in str(error)
 
 
 def take_note() -> str | None:

@@ -87,7 +87,8 @@ def _called(arch: str, make: Any) -> nn.Module:
         raise AnncvtError(f"{arch} makes a {type(network).__name__}, not a torch.nn.Module", fix="name its factory")
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in network.parameters()):
         raise AnncvtError(
-            f"{arch} has lazy layers, whose sizes are not known yet", fix="let its factory run it once, or state the sizes"
+            f"{arch} has lazy layers, whose sizes are not known yet",
+            fix="let its factory run it once, or state the sizes",
         )
     return network
 

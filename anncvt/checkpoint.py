@@ -39,7 +39,8 @@ _NOT_WEIGHTS: dict[str, tuple[str, str]] = {
     "hdf5": ("a Keras/HDF5 file", "convert it to PyTorch first, then " + _RESAVE),
     "tar": (
         "a tar archive",
-        "unpack it and name the checkpoint inside; if PyTorch older than 0.2 wrote it, load it with that, then " + _RESAVE,
+        "unpack it and name the checkpoint inside; if PyTorch older than 0.2 wrote it, load it with that, then "
+        + _RESAVE,
     ),
     "gzip": ("compressed with gzip", "decompress it with gunzip"),
     "pickle": ("a plain pickle, not written by torch.save", _RESAVE),

@@ -188,6 +188,9 @@ def _from_file(
         table, mismatch = fit(content.tensors, network)
         if mismatch:
             raise _wrong_architecture(path, arch, mismatch, content)
+    prefix = next(iter(content.tensors)).removesuffix(next(iter(table)))
+    if prefix:
+        progress.note(f"{path.name}: {prefix!r} taken off the names")
     _strict(network, table, path)
     source = Source(str(path.resolve()), arch, arguments, folder, digest)
     return _Loaded(network, source, {"weights": "checkpoint", "tensors": len(table)})

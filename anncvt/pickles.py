@@ -20,8 +20,11 @@ from anncvt.errors import AnncvtError
 #: A checkpoint's pickle holds names, shapes and settings; one with more steps than this is not a checkpoint.
 MAX_OPCODES = 20_000_000
 MAX_BYTES = 512 << 20
-#: Tuples inside a tuple, each counted as often as it occurs there: hashing one visits them all.
+#: Tuples inside a tuple, each counted as often as it occurs there: hashing one visits them all. Also the number of
+#: these in all keys of dictionaries and sets, because tuples can be made whose hashes are equal.
 MAX_NESTED = 10_000
+#: Integers beyond 64 bits (old files hold one, as a mark): their hashes can be made equal.
+MAX_LONG = 1_000
 
 #: Storage classes of torch, by the dtype of their elements.
 STORAGE_DTYPES = {
@@ -62,15 +65,6 @@ _HARMLESS = frozenset(
     }.items()
     for name in names.split()
 )
-_CONTAINERS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": OrderedDict,
-    "torch.Size": tuple,
-    **{
-        f"{module}.{kind.__name__}": kind
-        for module in ("builtins", "__builtin__")
-        for kind in (set, frozenset, list, dict, tuple)
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -181,14 +175,15 @@ def corrupt(where: str, detail: str) -> AnncvtError:
 def _bounded(stream: IO[bytes]) -> bytes:
     """The bytes of the next pickle, after a static walk that bounds what reading it can cost."""
     start = stream.tell()
-    nesting = _Nesting()
+    nesting, long = _Nesting(), 0
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if count > MAX_OPCODES or stream.tell() - start > MAX_BYTES:
             raise ValueError("its index is absurdly large")
         # The memo is an array in CPython: one huge index would allocate gigabytes.
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > MAX_OPCODES:
             raise ValueError("its index is absurdly large")
-        if nesting.step(opcode, argument) > MAX_NESTED:
+        long += isinstance(argument, int) and argument.bit_length() > 64
+        if nesting.step(opcode, argument) > MAX_NESTED or nesting.keys > MAX_NESTED or long > MAX_LONG:
             raise ValueError("its index is absurdly nested")
     end = stream.tell()
     stream.seek(start)
@@ -196,7 +191,7 @@ def _bounded(stream: IO[bytes]) -> bytes:
 
 
 class _Nesting:
-    """How many tuples each value on a pickle's stack contains, without building one.
+    """How many tuples (and frozen sets) each value on a pickle's stack contains, without building one.
 
     A few dozen bytes can name a tuple of two equal tuples of two equal tuples and so on: small in memory, but whoever
     hashes it (a dictionary whose key it is) visits every path.
@@ -205,6 +200,7 @@ class _Nesting:
     def __init__(self) -> None:
         self.stack: list[int | None] = []  # None: a mark
         self.memo: dict[int, int] = {}
+        self.keys = 0  # in all that was hashed
 
     def step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> int:
         """Take one opcode; returns the number for the value it leaves on top."""
@@ -221,13 +217,15 @@ class _Nesting:
             stack.pop()
         else:
             to_mark, single, made = _STACK_EFFECTS[name]
-            taken = 0
+            taken: list[int] = []
             while to_mark and (value := stack.pop()) is not None:
-                taken += value
-            for _ in range(single):
-                taken += stack.pop() or 0
+                taken.append(value)
+            taken += [stack.pop() or 0 for _ in range(single)]
+            if name in _HASHED:
+                self.keys += sum(taken[_HASHED[name]])
+            held = {"TUPLE": 1 + sum(taken), "FROZENSET": 1 + sum(taken), "REDUCE": 1}
             for _ in range(made):
-                stack.append(1 + taken if name.startswith("TUPLE") else 0)
+                stack.append(held.get(name.rstrip("123"), 0))
         return (stack[-1] or 0) if stack else 0
 
 
@@ -238,6 +236,14 @@ def _stack_effect(opcode: pickletools.OpcodeInfo) -> tuple[bool, int, int]:
     return to_mark, sum(kind not in slices for kind in opcode.stack_before), len(opcode.stack_after)
 
 
+#: Which of the values that an opcode takes it hashes, the topmost first.
+_HASHED = {
+    "SETITEM": slice(1, 2),
+    "SETITEMS": slice(1, None, 2),
+    "DICT": slice(1, None, 2),
+    "ADDITEMS": slice(None),
+    "FROZENSET": slice(None),
+}
 _STACK_EFFECTS = {opcode.name: _stack_effect(opcode) for opcode in pickletools.opcodes}
 
 
@@ -280,7 +286,7 @@ class _Reader(pickle.Unpickler):
 
     def _stand_in(self, module: str, name: str, path: str) -> Any:
         if path in _CONTAINERS:
-            return _CONTAINERS[path]
+            return _Call(_CONTAINERS[path])
         if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGE_DTYPES:
             return _Storage(STORAGE_DTYPES[name])
         if module in ("torch._utils", "torch._tensor") and name in _REBUILD:
@@ -298,6 +304,36 @@ class _Reader(pickle.Unpickler):
             _view_key, start, size = view[0]
             return StorageRef(str(key), storage.dtype, int(size), int(start))
         return StorageRef(str(key), storage.dtype, numel)
+
+
+def _hashable(values: Any) -> list[Any]:
+    """Values that are cheap to hash; the static walk does not see what a container is called with."""
+    items = list(values)
+    if not all(item is None or isinstance(item, str | bytes | int | float) for item in items):
+        raise ValueError("a set or dictionary of other things than names and numbers")
+    return items
+
+
+def _ordered(pairs: Any = ()) -> OrderedDict[Any, Any]:
+    items = [(key, value) for key, value in pairs]
+    _hashable(key for key, _ in items)
+    return OrderedDict(items)
+
+
+_CONTAINERS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _ordered,
+    "torch.Size": lambda sizes=(): tuple(_hashable(sizes)),
+    **{
+        f"{module}.{name}": make
+        for module in ("builtins", "__builtin__")
+        for name, make in {
+            "set": lambda values=(): set(_hashable(values)),
+            "frozenset": lambda values=(): frozenset(_hashable(values)),
+            "list": lambda values=(): list(values),
+            "dict": _ordered,
+        }.items()
+    },
+}
 
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> TensorRef:

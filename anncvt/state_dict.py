@@ -186,9 +186,7 @@ def _unwrap(value: Any, where: str) -> tuple[Any, list[str], str | None]:
         if key is None:
             listed = ", under " + ", ".join(map(repr, list(inside or value)[:8])) if value else ""
             what = "several networks" if inside else "no weights"
-            raise AnncvtError(
-                f"{what} inside{listed}", where=where, fix="save the one network's state_dict() alone"
-            )
+            raise AnncvtError(f"{what} inside{listed}", where=where, fix="save the one network's state_dict() alone")
         others = [k for k in inside if k != key]
         notes.append(f"weights taken from '{key}'" + (f" (also there: {', '.join(others[:4])})" if others else ""))
         value = inside[key]

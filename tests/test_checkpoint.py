@@ -1,8 +1,10 @@
 import contextlib
+import gzip
 import json
 import os
 import pickle
 import struct
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from safetensors.torch import save_file
 
 from anncvt import checkpoint
 from anncvt.errors import AnncvtError
-from anncvt.state_dict import weights
+from anncvt.state_dict import fit, weights
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,11 @@ def test_every_kind_gives_the_same_tensors(tmp_path, network, table, kind, sniff
     path = write(tmp_path / "weights.bin", kind, network)  # the name says nothing
     assert checkpoint.sniff(path) == sniffed
     same(tensors(path), table)
+    if sniffed == "torchscript":
+        found = weights(checkpoint.read(path), str(path))
+        assert found.module == "networks.Residual" and found.notes == (
+            "took the weights out of a TorchScript Residual",
+        )
 
 
 def test_settings_beside_the_weights_do_not_matter(tmp_path, table):
@@ -287,3 +294,38 @@ def test_mutated_checkpoints_raise_only_our_error(tmp_path, originals, data):
     path.write_bytes(content)
     with contextlib.suppress(AnncvtError):
         tensors(path)
+
+
+def test_the_moving_average_of_torch_is_unwrapped(tmp_path, network, table):
+    averaged = torch.optim.swa_utils.AveragedModel(network)
+    torch.save(averaged.state_dict(), tmp_path / "average.pt")
+    found, mismatch = fit(tensors(tmp_path / "average.pt"), network)
+    assert not mismatch
+    same(found, table)
+
+
+def test_an_archive_cut_behind_one_inside_it_is_cut_short(tmp_path, table):
+    """As a .pt2 is that holds its example inputs: the table of contents at the end is that of the inner archive."""
+    torch.save(table, tmp_path / "inner.pt")
+    with zipfile.ZipFile(tmp_path / "outer.pt", "w") as archive:
+        archive.writestr("outer/version", "3")
+        archive.write(tmp_path / "inner.pt")
+    whole = (tmp_path / "outer.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: whole.index(b"PK\x05\x06") + 22])
+    with pytest.raises(AnncvtError, match="its own table of contents is missing"):
+        checkpoint.read(tmp_path / "cut.pt")
+
+
+@pytest.mark.parametrize(
+    ("save", "what"),
+    [
+        (lambda path: torch.save(torch.zeros(3), path), "holds a single tensor"),
+        (lambda path: torch.save({}, path), "no weights inside$"),
+        (lambda path: path.write_bytes(tarfile.TarInfo("weights").tobuf()), "a tar archive"),
+        (lambda path: path.write_bytes(gzip.compress(b"weights")), "compressed with gzip"),
+    ],
+)
+def test_what_else_is_found_under_the_name_of_a_checkpoint(tmp_path, save, what):
+    save(tmp_path / "net.pt")
+    with pytest.raises(AnncvtError, match=what):
+        tensors(tmp_path / "net.pt")

@@ -65,6 +65,8 @@ def table(value: bytes) -> bytes:
     return b"\x80\x02}X\x08\x00\x00\x000.weight" + value + b"s."
 
 
+MERSENNE = (1 << 61) - 1  # integers hash to their remainder
+
 HUGE = b"\x8a\x06\x00\x00\x00\x00\x00\x01"  # LONG1: 2**40
 
 HOSTILE = {
@@ -97,6 +99,29 @@ HOSTILE = {
     "a deep list": b"\x80\x02" + b"]" * 30_000 + b"a" * 29_999 + b".",
     "itself": b"\x80\x02}q\x00X\x05\x00\x00\x00modelh\x00s.",
     "marks alone": b"\x80\x02" + b"(" * 100_000 + b".",
+    "keys of equal hashes": b"\x80\x02}("
+    + b"".join(b"\x8a\x0a%bN" % (n * MERSENNE).to_bytes(10, "little") for n in range(9, 60_000))
+    + b"u.",
+    "one large key again and again": b"\x80\x02K\x01q\x000"
+    + b"h\x00h\x00\x86q\x000" * 12
+    + b"}("
+    + b"h\x00N" * 300_000
+    + b"u.",
+    "a set made by a call": b"\x80\x02K\x01q\x000"
+    + b"h\x00h\x00\x86q\x000" * 12
+    + b"cbuiltins\nset\n]("
+    + b"h\x00" * 300_000
+    + b"e\x85R.",
+    **{
+        f"tuples made by {how}": b"\x80\x02K\x01q\x000"
+        + (b"c%b\n](h\x00h\x00e\x85%bq\x000" % (name, code)) * 60
+        + b"}h\x00Ns."
+        for how, name, code in (
+            ("calls", b"builtins\ntuple", b"R"),
+            ("calls of torch.Size", b"torch\nSize", b"R"),
+            ("NEWOBJ", b"torch\nSize", b"\x81"),
+        )
+    },
 }
 
 

@@ -84,6 +84,15 @@ def test_weights_that_are_not_numbers(saved):
         load(path, arch="anncvt_arch:Residual")
 
 
+def test_prefixes_are_taken_off_and_it_says_so(saved):
+    path, network = saved
+    torch.save({f"module._orig_mod.{name}": value for name, value in network.state_dict().items()}, path)
+    notes = Recorder()
+    program = load(path, arch="anncvt_arch:Residual", progress=notes)
+    assert torch.equal(program.teacher.conv1.weight, network.conv1.weight)
+    assert "net.pth: 'module._orig_mod.' taken off the names" in notes.notes
+
+
 def test_half_precision_weights_load_into_the_architecture_as_it_is(saved):
     path, network = saved
     torch.save(network.half().state_dict(), path)
@@ -114,6 +123,28 @@ def test_a_factory_as_model():
     program = load("networks:Residual", arch_args={"width": 6}, progress=notes)
     assert program.teacher.stem.out_channels == 6 and program.source.arch == "networks:Residual"
     assert any("random" in line for line in notes.notes)
+
+
+def test_lazy_layers_are_refused():
+    with pytest.raises(AnncvtError, match="has lazy layers"):
+        load("torch.nn:LazyConv2d", arch_args={"out_channels": 4, "kernel_size": 3})
+
+
+def test_a_factory_that_imports_torchvision_works_beside_a_cpu_torch(tmp_path, monkeypatch):
+    """Its import fails there until the missing schemas are declared."""
+    declared = []
+    monkeypatch.setattr(zoo, "import_torchvision", lambda: declared.append(True))
+    monkeypatch.setattr(zoo, "declared_here", declared, raising=False)
+    (tmp_path / "anncvt_with_torchvision.py").write_text(
+        "from anncvt import zoo\n"
+        "if not zoo.declared_here:\n"
+        "    raise RuntimeError('operator torchvision::nms does not exist')\n"
+        "from torch.nn import Conv2d\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    arguments = {"in_channels": 3, "out_channels": 4, "kernel_size": 3}
+    assert isinstance(load("anncvt_with_torchvision:Conv2d", arch_args=arguments).teacher, nn.Conv2d)
+    assert declared == [True]
 
 
 @pytest.mark.parametrize(

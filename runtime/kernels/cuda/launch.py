@@ -167,13 +167,12 @@ def _walk(
         return
     tile = tile_for(kind, columns)
     tensors["w"] = _tiled(w, tile.depth, tile.columns)
-    chunks = -(-depth // tile.depth)
-    steps = chunks * rows.taps * cols.taps
+    steps = tensors["w"].shape[1] // tile.depth
     dtype = "uint32" if kind == "integer" else _name(x)
     places, across = -(-int(numbers["M"]) // tile.rows), -(-columns // tile.columns)
     splits, per = split(places * across * groups, steps, _room(x) * tile.blocks, 8)
-    numbers |= {"chunks": chunks, "steps": steps, "per": per, "splits": splits, "part": 0}
-    numbers |= {"w_wide": tensors["w"].shape[3] // 4, "y_wide": columns // vector}
+    numbers |= {"steps": steps, "per": per, "splits": splits, "part": 0}
+    numbers |= {"w_wide": tensors["w"].shape[2] // 4, "y_wide": columns // vector}
     grid = (places, across, groups * splits)
     if splits == 1:
         driver.launch(Variant(kind, dtype, _name(y), vector, tile), grid, tensors, numbers)
@@ -242,9 +241,12 @@ def _layer(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[i
 
 
 def _tiled(w: Tensor, depth: int, columns: int) -> Tensor:
-    """``[group, tap, channel, column]`` with zeros up to whole tiles, float32 or words."""
-    w = w if w.dtype == torch.int32 else w.float()
-    return _aligned(F.pad(w, (0, -w.shape[3] % columns, 0, -w.shape[2] % depth)).contiguous())
+    """``[group, tap and channel, column]`` of ``[group, tap, channel, column]``, with zeros up to whole tiles.
+
+    float32 or words.
+    """
+    w = (w if w.dtype == torch.int32 else w.float()).flatten(1, 2)
+    return _aligned(F.pad(w, (0, -w.shape[2] % columns, 0, -w.shape[1] % depth)).contiguous())
 
 
 def _distances(name: str, x: Tensor, vector: int) -> Numbers:

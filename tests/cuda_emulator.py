@@ -69,10 +69,10 @@ class _Surrounded:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         storage = tensor.untyped_storage()
-        self.whole = torch.full((storage.nbytes() + 2 * MARGIN + 64,), 0xFF, dtype=torch.uint8)
+        self.whole = torch.full((storage.nbytes() + 2 * MARGIN + 64,), 0xFF, dtype=torch.uint8, device="cpu")
         self.start = MARGIN + -(self.whole.data_ptr() + MARGIN) % 64 + storage.data_ptr() % 64
         self.inside = self.whole[self.start : self.start + storage.nbytes()]
-        self.original = torch.empty(0, dtype=torch.uint8).set_(storage)
+        self.original = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
         self.inside.copy_(self.original)
         self.pointer = self.inside.data_ptr() + tensor.storage_offset() * tensor.element_size()
 

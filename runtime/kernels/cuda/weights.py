@@ -29,10 +29,10 @@ def weight_gradient(variant: Variant) -> tirx.PrimFunc:
 def _emit(variant: Variant, block: list[Any], thread: Any, a: dict[str, Any]) -> None:
     tile, vector = variant.tile, variant.vector
     rows, cols = held(div(a["rows"], vector)), held(div(a["cols"], vector))
-    tap = held(div(block[1], a["col_tiles"]))
+    tap = held(div(block[0], a["col_tiles"]))
     group = held(div(block[2], a["splits"]))
     split = held(block[2] - group * a["splits"])
-    row, column = held(block[0] * tile.rows), held((block[1] - tap * a["col_tiles"]) * tile.columns)
+    row, column = held(block[1] * tile.rows), held((block[0] - tap * a["col_tiles"]) * tile.columns)
     down = held(div(tap, a["taps_w"]) * a["delta_h"] + a["off_h"])
     right = held(mod(tap, a["taps_w"]) * a["delta_w"] + a["off_w"])
     first = held(split * a["per"])

@@ -159,7 +159,7 @@ def test_blocks_share_the_taps_of_small_maps(emulate):
     assert_right(case)
     grids = shared.grids
     assert grids["forward_float32_float32_4_128x16"] == {(1, 1, 4)}
-    assert grids["dw_float32_float32_4_16x16"] == {(1, 36, 1)}, "one step of pixels cannot be shared"
+    assert grids["dw_float32_float32_4_16x16"] == {(36, 1, 1)}, "one step of pixels cannot be shared"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -214,6 +214,14 @@ def test_batches_beyond_32_bit_indices_go_in_parts(emulate, monkeypatch, limit):
     emulated = emulate()
     assert_right(replace(KINDS["vectors"], batch=3))
     assert emulated.launched["forward_float32_float32_4_128x16"] == (3 if limit == 2000 else 1)
+
+
+def test_an_image_beyond_32_bit_indices_is_refused(emulate, monkeypatch):
+    monkeypatch.setattr(launch, "MOST_ELEMENTS", 1000)
+    emulate()
+    x, weight, _ = KINDS["vectors"].tensors()
+    with pytest.raises(RuntimeError, match="images of 1000 values, not of 1440"):
+        launch.forward(x, weight, *KINDS["vectors"].arguments())
 
 
 def test_views_and_empty_batches(emulate):

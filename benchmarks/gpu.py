@@ -1,9 +1,10 @@
-"""Checks and measures the kernels for NVIDIA GPUs, in one call of a few minutes.
+"""Checks and measures the kernels for NVIDIA GPUs, in one call of less than ten minutes.
 
     $ python benchmarks/gpu.py --json gpu.json
 
 On a machine without TVM the kernels have to be there already (docs/gpu.md). Every row is printed when it is measured,
-so that a call that is cut short loses only the rest. With ``--device cpu --quick`` it shows that it works anywhere.
+so that a call that is cut short loses only the rest; what does not fit ``--minutes`` is left out, and said to be. With
+``--device cpu --quick`` it shows that it works anywhere. Exits with 3 if a result is wrong or a section fails.
 
 Sections: correctness (float64, memory poisoned before, repeated for races; CUDA graphs; torch.compile), the limit of
 additions on this card, ResNet-50's layers, training steps of ResNet-20 and ResNet-50 with their memory.
@@ -33,7 +34,8 @@ from anncvt.nn import AdderConv2d
 from anncvt.runtime import kernels, reference
 from anncvt.runtime.geometry import output_size
 
-SECTIONS = ("correctness", "limit", "layers", "steps")
+#: And what part of the time that is left when it begins a section may take.
+SECTIONS = {"correctness": 0.3, "limit": 1.0, "layers": 0.6, "steps": 1.0}
 #: Geometries: batch, channels, outputs (of each group), groups, size, kernel, stride, padding, dilation.
 LOW = (1, 1, 1, 1, 1, 1, 1, 0, 1)
 HIGH = (4, 70, 140, 3, 19, 4, 3, 3, 2)
@@ -61,12 +63,12 @@ def op(x: Tensor, weight: Tensor, layer: Any, gradient: str = "full") -> Tensor:
 
 
 def seconds(call: Callable[[], object], device: torch.device, most: float = 0.5) -> float:
-    """The median time of a call, of as many as fit ``most`` seconds (three at least)."""
+    """The median time of a call, of as many as fit ``most`` seconds (one at least) after one that is not counted."""
     times: list[float] = []
+    call()
+    synchronize(device)
     begin = time.perf_counter()
-    for _ in range(2):
-        call()
-    while len(times) < 3 or (time.perf_counter() - begin < most and len(times) < 50):
+    while not times or (time.perf_counter() - begin < most and len(times) < 50):
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -81,18 +83,26 @@ def seconds(call: Callable[[], object], device: torch.device, most: float = 0.5)
     return statistics.median(times)
 
 
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def poison(device: torch.device) -> None:
     """Leave NaNs in the memory that the next tensors get."""
     for exponent in range(8, 23, 2):
         torch.full((1 << exponent,), float("nan"), device=device)
 
 
-def correctness(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
+def correctness(device: torch.device, quick: bool, until: float = float("inf")) -> Iterator[dict[str, Any]]:
+    """As many cases of each type as asked for, fewer where the clock (``perf_counter``) is at ``until`` before."""
     generator = torch.Generator().manual_seed(0)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for left, dtype in zip((3, 2, 1), (torch.float32, torch.float16, torch.bfloat16), strict=True):
         worst: dict[str, float] = {}
-        wrong, cases = [], 1 if quick else 60 if dtype == torch.float32 else 20
-        for _ in range(cases):
+        wrong, cases, wanted = [], 0, 1 if quick else 60 if dtype == torch.float32 else 20
+        share = time.perf_counter() + (until - time.perf_counter()) / left
+        while cases < wanted and (not cases or time.perf_counter() < share):
+            cases += 1
             drawn = [int(torch.randint(a, b + 1, (), generator=generator)) for a, b in zip(LOW, HIGH, strict=True)]
             batch, channels, outputs, groups, extra, kernel, stride, padding, dilation = drawn
             if channels % 3 == 0:  # vectors of four, and depthwise layers, are rare otherwise
@@ -111,7 +121,8 @@ def correctness(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
                     wrong.append({"case": drawn, "result": name, "error": error})
         yield {"dtype": str(dtype), "cases": cases, "worst": worst, "wrong": wrong}
     if device.type == "cuda":
-        yield {"cuda graph": graph_agrees(device), "torch.compile": compiled_agrees(device)}
+        found = {"cuda graph": graph_agrees(device), "torch.compile": compiled_agrees(device)}
+        yield {**found, "wrong": [name for name, agrees in found.items() if not agrees]}
 
 
 def compare(x: Tensor, weight: Tensor, grad: Tensor, config: Any, repeats: int) -> Iterator[tuple[str, float, float]]:
@@ -295,10 +306,13 @@ def resnet50(layer: Callable[..., nn.Module]) -> nn.Module:
     return network
 
 
-def run(device: torch.device, sections: list[str], quick: bool, batch: int) -> Iterator[dict[str, Any]]:
-    """Rows, each with the name of its section."""
+def run(
+    device: torch.device, sections: list[str], quick: bool, batch: int, minutes: float = 9.0
+) -> Iterator[dict[str, Any]]:
+    """Rows, each with the name of its section. A section that is out of time leaves out its other rows."""
+    end = until = time.perf_counter() + 60 * minutes
     kinds: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-        "correctness": lambda: correctness(device, quick),
+        "correctness": lambda: correctness(device, quick, until),
         "limit": lambda: limit(device, quick),
         "layers": lambda: layers(device, quick, batch),
         "steps": lambda: steps(device, quick, batch),
@@ -311,13 +325,21 @@ def run(device: torch.device, sections: list[str], quick: bool, batch: int) -> I
     if device.type == "cuda":
         from anncvt.runtime.kernels import cuda
 
-        about |= {"gpu": torch.cuda.get_device_name(device), "obstacle": cuda.obstacle(device)}
+        about["gpu"] = torch.cuda.get_device_name(device)
+        obstacle = cuda.obstacle(device)
+        if obstacle:  # what would be checked and measured instead is plain torch
+            yield {"section": "about", **about, "failed": obstacle}
+            return
     yield {"section": "about", **about}
     for section in sections:
         begin = time.perf_counter()
+        until = begin + (end - begin) * SECTIONS[section]
         try:
             for row in kinds[section]():
                 yield {"section": section, **row}
+                if time.perf_counter() > until:
+                    yield {"section": section, "out of time": True}
+                    break
         except Exception as error:  # the other sections are still wanted from a machine that is lent for minutes
             yield {"section": section, "failed": f"{type(error).__name__}: {error}"}
         yield {"section": section, "seconds": round(time.perf_counter() - begin, 1)}
@@ -329,16 +351,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sections", default=",".join(SECTIONS))
     parser.add_argument("--batch", type=int, default=64, help="images of ResNet-50's layers and steps")
     parser.add_argument("--quick", action="store_true", help="a few small cases of each section")
+    parser.add_argument("--minutes", type=float, default=9.0, help="how long it may take, about")
     parser.add_argument("--json", type=Path, help="where the rows go, besides standard output")
     options = parser.parse_args(arguments)
+    sections = options.sections.split(",")
+    if not set(sections) <= set(SECTIONS):
+        parser.error(f"--sections takes {', '.join(SECTIONS)}")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("no GPU is visible to this torch")
     rows, failed = [], False
-    for row in run(torch.device(options.device), options.sections.split(","), options.quick, options.batch):
+    for row in run(torch.device(options.device), sections, options.quick, options.batch, options.minutes):
         rows.append(row)
         failed |= bool(row.get("wrong") or row.get("failed"))
         print(json.dumps(row, default=str), flush=True)
         if options.json:
             options.json.write_text(json.dumps(rows, indent=1, default=str))
-    return int(failed)
+    return 3 if failed else 0
 
 
 if __name__ == "__main__":

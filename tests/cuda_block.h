@@ -1,5 +1,7 @@
 // A block of CUDA threads on the CPU: each thread is a fiber that runs until the next __syncthreads(), then the others
 // do. Shared memory is poisoned before a block starts, so values that no thread wrote, or not yet, spoil the results.
+// The compiler reports every access to memory (-fsanitize=thread, whose runtime library this file stands for): two
+// threads that access the same word of shared memory between two barriers, one of them to write it, are a race.
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -65,6 +67,46 @@ static void **arguments;
 static const size_t STACK = 1 << 16;
 extern char __start_anncvt_shared[] __attribute__((weak)), __stop_anncvt_shared[] __attribute__((weak));
 
+#define UNOBSERVED __attribute__((no_sanitize("thread")))
+
+// Of each word of shared memory: in which stretch between two barriers it was last written and read, and by whom.
+struct Word { uint written, writer, read, reader; bool by_several; };
+static std::vector<Word> words;
+static uint stretch, races;
+
+UNOBSERVED static void access(void *address, size_t bytes, bool write) {
+  char *begin = (char *)address;
+  if (begin < __start_anncvt_shared || begin >= __stop_anncvt_shared) return;
+  for (size_t i = (begin - __start_anncvt_shared) / 4, end = i + (bytes + 3) / 4; i < end; i++) {
+    Word &word = words[i];
+    bool others = word.written == stretch && word.writer != current;
+    if (write) {
+      others |= word.read == stretch && (word.by_several || word.reader != current);
+      word.written = stretch, word.writer = current;
+    } else {
+      word.by_several = word.read == stretch && (word.by_several || word.reader != current);
+      word.read = stretch, word.reader = current;
+    }
+    races += others;
+  }
+}
+
+extern "C" {
+void __tsan_init() {}
+UNOBSERVED void __tsan_read1(void *a) { access(a, 1, false); }
+UNOBSERVED void __tsan_read2(void *a) { access(a, 2, false); }
+UNOBSERVED void __tsan_read4(void *a) { access(a, 4, false); }
+UNOBSERVED void __tsan_read8(void *a) { access(a, 8, false); }
+UNOBSERVED void __tsan_read16(void *a) { access(a, 16, false); }
+UNOBSERVED void __tsan_write1(void *a) { access(a, 1, true); }
+UNOBSERVED void __tsan_write2(void *a) { access(a, 2, true); }
+UNOBSERVED void __tsan_write4(void *a) { access(a, 4, true); }
+UNOBSERVED void __tsan_write8(void *a) { access(a, 8, true); }
+UNOBSERVED void __tsan_write16(void *a) { access(a, 16, true); }
+UNOBSERVED void __tsan_read_range(void *a, size_t bytes) { access(a, bytes, false); }
+UNOBSERVED void __tsan_write_range(void *a, size_t bytes) { access(a, bytes, true); }
+}
+
 static void __syncthreads() { swapcontext(&fibers[current], &scheduler); }
 
 static void enter() {
@@ -73,12 +115,13 @@ static void enter() {
 }
 
 // Returns how many threads met a barrier that others did not: 0, if the program is right.
-static int run_block(uint threads, int backwards) {
+UNOBSERVED static int run_block(uint threads, int backwards) {
   if (fibers.size() < threads) {
     fibers.resize(threads);
     ended.resize(threads);
     stacks.resize(STACK * threads);
   }
+  words.resize((__stop_anncvt_shared - __start_anncvt_shared + 3) / 4);
   if (__start_anncvt_shared) memset(__start_anncvt_shared, 0xff, __stop_anncvt_shared - __start_anncvt_shared);
   for (uint i = 0; i < threads; i++) {
     ended[i] = 0;
@@ -90,6 +133,7 @@ static int run_block(uint threads, int backwards) {
   }
   for (uint left = threads; left;) {
     uint before = left;
+    stretch++;
     for (uint i = 0; i < threads; i++) {
       current = backwards ? threads - 1 - i : i;
       if (ended[current]) continue;
@@ -102,7 +146,9 @@ static int run_block(uint threads, int backwards) {
   return 0;
 }
 
+// Returns as run_block does, or minus the number of races.
 static int run_grid(void (*kernel)(void **), void **given, const uint *grid, uint threads, int backwards) {
+  races = 0;
   body = kernel;
   arguments = given;
   for (uint z = 0; z < grid[2]; z++)
@@ -111,5 +157,5 @@ static int run_grid(void (*kernel)(void **), void **given, const uint *grid, uin
         blockIdx = {x, y, z};
         if (int wrong = run_block(threads, backwards)) return wrong;
       }
-  return 0;
+  return -int(races);
 }

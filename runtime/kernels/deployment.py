@@ -67,6 +67,12 @@ def _options(name: str) -> dict[str, Any]:
     if name in LEVELS:
         return {"kind": "llvm", "mcpu": LEVELS[name]}
     words = shlex.split(name)
+    if words[:1] == ["cuda"]:
+        raise AnncvtError(
+            "no library is compiled for GPUs: there networks run in torch, on this package's CUDA kernels",
+            where="--target",
+            fix='`anncvt evaluate DIR --device cuda`, or `anncvt.load(DIR).student.to("cuda")`; docs/gpu.md',
+        )
     if not words or words[0] != "llvm" or any(not word.startswith("-") or "=" not in word for word in words[1:]):
         raise _unknown(name)
     pairs = dict(word.lstrip("-").split("=", 1) for word in words[1:])

@@ -14,20 +14,23 @@ from anncvt.runtime.geometry import expand_padding
 from anncvt.runtime.kernels import cache
 from anncvt.runtime.kernels.spec import SHARPNESS, Spec, as_pair, divisor, lanes_for
 from anncvt.runtime.kernels.target import Cpu, host
-from anncvt.runtime.kernels.tensors import multiplier, nhwc
+from anncvt.runtime.kernels.tensors import (
+    multiplied_forward,
+    multiplied_input_gradient,
+    multiplied_weight_gradient,
+    nhwc,
+)
 
 _ALIGNMENT = 64
 
 
+@multiplied_forward
 def forward(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> Tensor:
     """See :func:`anncvt.runtime.fallback.forward`."""
-    repeat = multiplier(weight, groups)
-    if repeat > 1:
-        return forward(x.repeat_interleave(repeat, 1), weight, stride, padding, dilation, groups * repeat)
     spec = _spec("forward", x, weight, stride, padding, dilation, groups)
-    y = torch.empty(x.shape[0], *spec.output, spec.groups * spec.outputs)
+    y = x.new_empty(x.shape[0], *spec.output, spec.groups * spec.outputs)
     if y.numel():
         if spec.depthwise:
             x = _pad_channels(x, 1, spec.groups * spec.lanes)
@@ -38,6 +41,7 @@ def forward(
     return _unpad(y, weight.shape[0], 1 if spec.depthwise else groups)
 
 
+@multiplied_input_gradient
 def input_gradient(
     grad: Tensor,
     x: Tensor,
@@ -49,13 +53,8 @@ def input_gradient(
     gradient: str,
 ) -> Tensor:
     """See :func:`anncvt.runtime.fallback.input_gradient`."""
-    repeat = multiplier(weight, groups)
-    if repeat > 1:
-        wide = x.repeat_interleave(repeat, 1)
-        result = input_gradient(grad, wide, weight, stride, padding, dilation, groups * repeat, gradient)
-        return result.unflatten(1, (groups, repeat)).sum(2)
     spec = _spec(f"dx_{gradient}", x, weight, stride, padding, dilation, groups)
-    y = torch.empty(x.shape[0], x.shape[2], x.shape[3], spec.groups * spec.channels)
+    y = x.new_empty(x.shape[0], x.shape[2], x.shape[3], spec.groups * spec.channels)
     depthwise = spec.depthwise
     if y.numel():
         padded = _pad_channels(x, 1 if depthwise else groups, spec.groups * spec.channels)
@@ -68,6 +67,7 @@ def input_gradient(
     return _unpad(y, x.shape[1], 1 if depthwise else groups)
 
 
+@multiplied_weight_gradient
 def exact_weight_gradient(
     grad: Tensor,
     x: Tensor,
@@ -78,10 +78,6 @@ def exact_weight_gradient(
     groups: int,
 ) -> Tensor:
     """See :func:`anncvt.runtime.fallback.exact_weight_gradient`."""
-    repeat = multiplier(weight, groups)
-    if repeat > 1:
-        wide = x.repeat_interleave(repeat, 1)
-        return exact_weight_gradient(grad, wide, weight, stride, padding, dilation, groups * repeat)
     if not (x.numel() and grad.numel()):
         return torch.zeros_like(weight)
     spec = _spec("dw_exact", x, weight, stride, padding, dilation, groups)

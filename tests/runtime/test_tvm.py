@@ -187,6 +187,13 @@ def test_older_processors_are_a_target(tmp_path: Path) -> None:
         np.testing.assert_allclose(runtime.load(path)(images.numpy()), network()(images).detach(), rtol=1e-4, atol=1e-4)
 
 
+def test_gpus_are_no_target_and_what_to_do_instead_is_told(tmp_path: Path) -> None:
+    with pytest.raises(AnncvtError, match="no library is compiled for GPUs") as error:
+        runtime.compile(program(network()), tmp_path / "model.so", target="cuda")
+    assert "--device cuda" in str(error.value.fix)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("target", ["", "zx81", "llvm -mcpu", "llvm -mcpu=zx81"])
 def test_unknown_target(tmp_path: Path, target: str) -> None:
     with pytest.raises(AnncvtError, match="unknown target"):

@@ -5,7 +5,6 @@ Who launches needs torch and a cubin; who makes a cubin needs TVM and NVRTC or n
 
 from __future__ import annotations
 
-import functools
 import warnings
 
 import torch
@@ -15,11 +14,26 @@ from anncvt.errors import AnncvtError, first_line
 from anncvt.runtime.kernels.cuda import build, driver
 from anncvt.runtime.kernels.cuda.variant import DTYPES, KINDS, variants
 
+_READY: dict[tuple[torch.device, str], bool] = {}
+
 
 def usable(x: Tensor) -> bool:
-    """Whether the kernels take tensors of this device and dtype; where they should and cannot, says so once."""
+    """Whether the kernels take tensors of this device and dtype; where they should and cannot, says so once.
+
+    Raises:
+        RuntimeError: this is the first time, and the stream is being captured.
+    """
     name = str(x.dtype).removeprefix("torch.")
-    return x.device.type == "cuda" and name in DTYPES and _ready(x.device, name)
+    if x.device.type != "cuda" or name not in DTYPES:
+        return False
+    if (x.device, name) not in _READY:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"the kernels of adder2d are tried before they are first used, which a CUDA graph cannot capture: "
+                f"run the network once on {name} before capturing it"
+            )
+        _READY[x.device, name] = _ready(x.device, name)
+    return _READY[x.device, name]
 
 
 def obstacle(device: torch.device, dtype: str = "float32") -> str | None:
@@ -39,9 +53,8 @@ def obstacle(device: torch.device, dtype: str = "float32") -> str | None:
         return first_line(error)
 
 
-@functools.cache
 def _ready(device: torch.device, dtype: str) -> bool:
     reason = obstacle(device, dtype)
     if reason is not None:
-        warnings.warn(f"slow pure-torch kernels on {device}: {reason}; see docs/gpu.md", stacklevel=2)
+        warnings.warn(f"slow pure-torch kernels on {device}: {reason}; see docs/gpu.md", stacklevel=3)
     return reason is None

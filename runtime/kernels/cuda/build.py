@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -144,7 +145,9 @@ def _by_nvrtc(source: str, arch: str) -> bytes:
     library = _nvrtc()
     assert library is not None
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
+    done = library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
+    if done:
+        raise _refused("NVRTC", arch, f"error {done}")
     try:
         options = (ctypes.c_char_p * 1)(f"--gpu-architecture={arch}".encode())
         if library.nvrtcCompileProgram(program, 1, options):
@@ -152,9 +155,11 @@ def _by_nvrtc(source: str, arch: str) -> bytes:
             log = ctypes.create_string_buffer(size.value)
             library.nvrtcGetProgramLog(program, log)
             raise _refused("NVRTC", arch, log.value.decode(errors="replace"))
-        library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        done = library.nvrtcGetCUBINSize(program, ctypes.byref(size))
         made = ctypes.create_string_buffer(size.value)
-        library.nvrtcGetCUBIN(program, made)
+        done = done or library.nvrtcGetCUBIN(program, made)
+        if done or not size.value:
+            raise _refused("NVRTC", arch, f"error {done}: no machine code")
         return made.raw
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
@@ -167,11 +172,21 @@ def _refused(compiler: str, arch: str, message: str) -> AnncvtError:
 
 @functools.cache
 def _nvrtc() -> ctypes.CDLL | None:
-    """torch for CUDA has loaded the library; a toolkit's may be found too."""
-    for name in _NVRTC:
+    """That of the packages that torch for CUDA comes with, which the driver knows; else a toolkit's."""
+    for name in (*_packaged(), *_NVRTC):
         with contextlib.suppress(OSError):
             return ctypes.CDLL(name)
     return None
+
+
+def _packaged() -> list[str]:
+    """NVRTC in the installed packages named nvidia-cuda-nvrtc (or -cu12), and beside torch's own libraries."""
+    places = [
+        *(Path(place) / "nvidia" for place in sys.path),
+        *(Path(place) for place in getattr(importlib.util.find_spec("torch"), "submodule_search_locations", ())),
+    ]
+    patterns = ("lib/libnvrtc.so.*", "*/lib/libnvrtc.so.*", "lib/nvrtc64_*_0.dll", "*/bin/nvrtc64_*_0.dll")
+    return [str(path) for place in places for pattern in patterns for path in sorted(place.glob(pattern), reverse=True)]
 
 
 @functools.cache

@@ -58,10 +58,10 @@ def _walk(variant: Variant, block: list[Any], thread: Any, a: dict[str, Any]) ->
 
 
 def _weight_gradient(variant: Variant, block: list[Any], thread: Any, a: dict[str, Any]) -> None:
-    """Blocks are (channels, tap, split); stripes of a block take turns with the pixels and are added at the end."""
+    """Blocks are (tap, channels, split); stripes of a block take turns with the pixels and are added at the end."""
     vector, depth = variant.vector, a["depth"]
     lane_at, stripe = mod(thread, LANES), div(thread, LANES)
-    c, tap = held(block[0] * LANES + lane_at), block[1]
+    c, tap = held(block[1] * LANES + lane_at), block[0]
     down = held(div(tap, a["taps_w"]) * a["delta_h"] + a["off_h"])
     right = held(mod(tap, a["taps_w"]) * a["delta_w"] + a["off_w"])
     first = held(block[2] * a["per"])

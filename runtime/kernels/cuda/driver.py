@@ -1,16 +1,18 @@
 """Launches cubins through NVIDIA's driver, on torch's current stream: no CUDA toolkit, no TVM.
 
-Pointers and numbers are passed by value and nothing is waited for, so launches can be captured in CUDA graphs (after a
-first launch, which loads the kernel).
+Pointers and numbers are passed by value and nothing is waited for, so launches can be captured in CUDA graphs. The
+context is the device's primary one, torch's own, made current for each call: a thread that has not used the device yet
+(autograd has such) has none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ from anncvt.runtime.kernels.cuda import build
 from anncvt.runtime.kernels.cuda.variant import Variant
 
 Argument = ctypes.c_void_p | ctypes.c_float | ctypes.c_int
+
+#: CU_STREAM_CAPTURE_MODE_RELAXED
+_RELAXED = 2
 
 _lock = threading.Lock()
 _loaded: dict[tuple[Variant, int], ctypes.c_void_p] = {}
@@ -55,8 +60,8 @@ def enqueue(
         RuntimeError: the driver refuses it.
     """
     pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-    with torch.cuda.device(device):
-        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    with _current(device):
         _check(_driver().cuLaunchKernel(function, *grid, threads, 1, 1, 0, stream, pointers, None))
 
 
@@ -67,7 +72,7 @@ def load(variant: Variant, device: torch.device) -> ctypes.c_void_p:
         AnncvtError: it is not there and cannot be made.
         RuntimeError: the driver refuses it.
     """
-    key = (variant, torch.cuda.current_device() if device.index is None else device.index)
+    key = (variant, _index(device))
     found = _loaded.get(key)
     if found is not None:
         return found
@@ -84,11 +89,45 @@ def function_of(cubin: bytes, name: str, device: torch.device) -> ctypes.c_void_
         RuntimeError: the driver refuses it.
     """
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    with torch.cuda.device(device):
-        torch.cuda.synchronize(device)  # makes the device's context the current one, if it is not yet
+    with _current(device), _capturing_or_not():
         _check(_driver().cuModuleLoadData(ctypes.byref(module), cubin))
         _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
     return function
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@contextlib.contextmanager
+def _current(device: torch.device) -> Iterator[None]:
+    """The device's context is this thread's current one."""
+    _check(_driver().cuCtxPushCurrent_v2(_context(_index(device))))
+    try:
+        yield
+    finally:
+        _check(_driver().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())))
+
+
+@contextlib.contextmanager
+def _capturing_or_not() -> Iterator[None]:
+    """What allocates is allowed in this thread while a stream, of any thread, is captured."""
+    mode = ctypes.c_int(_RELAXED)
+    _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
+    try:
+        yield
+    finally:
+        _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
+
+
+@functools.cache
+def _context(index: int) -> ctypes.c_void_p:
+    """The primary context of a device, kept for as long as the process lives."""
+    number, context = ctypes.c_int(), ctypes.c_void_p()
+    _check(_driver().cuInit(0))
+    _check(_driver().cuDeviceGet(ctypes.byref(number), index))
+    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), number))
+    return context
 
 
 def architecture(device: torch.device) -> str:
@@ -105,11 +144,16 @@ def multiprocessors(device: torch.device) -> int:
 @functools.cache
 def _driver() -> ctypes.CDLL:
     library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    unsigned = [ctypes.c_uint] * 7
-    library.cuLaunchKernel.argtypes = [ctypes.c_void_p, *unsigned, *[ctypes.c_void_p] * 3]
-    library.cuModuleLoadData.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-    library.cuModuleGetFunction.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p]
-    library.cuGetErrorString.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    pointer, unsigned, integer = ctypes.c_void_p, ctypes.c_uint, ctypes.c_int
+    library.cuInit.argtypes = [unsigned]
+    library.cuDeviceGet.argtypes = [pointer, integer]
+    library.cuDevicePrimaryCtxRetain.argtypes = [pointer, integer]
+    library.cuCtxPushCurrent_v2.argtypes = library.cuCtxPopCurrent_v2.argtypes = [pointer]
+    library.cuThreadExchangeStreamCaptureMode.argtypes = [pointer]
+    library.cuLaunchKernel.argtypes = [pointer, *[unsigned] * 7, *[pointer] * 3]
+    library.cuModuleLoadData.argtypes = [pointer, ctypes.c_char_p]
+    library.cuModuleGetFunction.argtypes = [pointer, pointer, ctypes.c_char_p]
+    library.cuGetErrorString.argtypes = [integer, pointer]
     return library
 
 

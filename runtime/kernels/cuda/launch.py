@@ -17,21 +17,24 @@ from anncvt.runtime.kernels.cuda import driver
 from anncvt.runtime.kernels.cuda.geometry import Layer, Walk, layer, split
 from anncvt.runtime.kernels.cuda.variant import FLAT, LANES, SHARPNESS, Variant, tile_for
 from anncvt.runtime.kernels.spec import as_pair
-from anncvt.runtime.kernels.tensors import multiplier, nhwc
+from anncvt.runtime.kernels.tensors import (
+    multiplied_forward,
+    multiplied_input_gradient,
+    multiplied_weight_gradient,
+    nhwc,
+)
 
-#: Kernels index with 32 bits: the most elements of one call's tensors.
-MOST_ELEMENTS = 2**31 - 1
+#: Kernels index with 32 bits: the most elements of one call's tensors, less what a last tile goes beyond them.
+MOST_ELEMENTS = 2**31 - 2**16
 _ALIGNMENT = 16
 Numbers = dict[str, float]
 
 
+@multiplied_forward
 def forward(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> Tensor:
     """See :func:`anncvt.runtime.fallback.forward`."""
-    repeat = multiplier(weight, groups)
-    if repeat > 1:
-        return forward(x.repeat_interleave(repeat, 1), weight, stride, padding, dilation, groups * repeat)
     shape = _layer(x, weight, stride, padding, dilation)
     image = _nhwc(x)
     y = image.new_empty(x.shape[0], *shape.output, weight.shape[0])
@@ -40,6 +43,7 @@ def forward(
     return y.permute(0, 3, 1, 2)
 
 
+@multiplied_input_gradient
 def input_gradient(
     grad: Tensor,
     x: Tensor,
@@ -51,11 +55,6 @@ def input_gradient(
     gradient: str,
 ) -> Tensor:
     """See :func:`anncvt.runtime.fallback.input_gradient`."""
-    repeat = multiplier(weight, groups)
-    if repeat > 1:
-        wide = x.repeat_interleave(repeat, 1)
-        result = input_gradient(grad, wide, weight, stride, padding, dilation, groups * repeat, gradient)
-        return result.unflatten(1, (groups, repeat)).sum(2)
     shape = _layer(x, weight, stride, padding, dilation)
     image, g = _nhwc(x), _nhwc(grad.to(x.dtype))
     dx = torch.empty_like(image)
@@ -68,6 +67,7 @@ def input_gradient(
     return dx.permute(0, 3, 1, 2)
 
 
+@multiplied_weight_gradient
 def exact_weight_gradient(
     grad: Tensor,
     x: Tensor,
@@ -78,10 +78,6 @@ def exact_weight_gradient(
     groups: int,
 ) -> Tensor:
     """See :func:`anncvt.runtime.fallback.exact_weight_gradient`; float32."""
-    repeat = multiplier(weight, groups)
-    if repeat > 1:
-        wide = x.repeat_interleave(repeat, 1)
-        return exact_weight_gradient(grad, wide, weight, stride, padding, dilation, groups * repeat)
     shape = _layer(x, weight, stride, padding, dilation)
     total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
     for image, g in _parts(_nhwc(x), _nhwc(grad.to(x.dtype))):
@@ -167,13 +163,12 @@ def _walk(
         return
     tile = tile_for(kind, columns)
     tensors["w"] = _tiled(w, tile.depth, tile.columns)
-    chunks = -(-depth // tile.depth)
-    steps = chunks * rows.taps * cols.taps
+    steps = tensors["w"].shape[1] // tile.depth
     dtype = "uint32" if kind == "integer" else _name(x)
     places, across = -(-int(numbers["M"]) // tile.rows), -(-columns // tile.columns)
     splits, per = split(places * across * groups, steps, _room(x) * tile.blocks, 8)
-    numbers |= {"chunks": chunks, "steps": steps, "per": per, "splits": splits, "part": 0}
-    numbers |= {"w_wide": tensors["w"].shape[3] // 4, "y_wide": columns // vector}
+    numbers |= {"steps": steps, "per": per, "splits": splits, "part": 0}
+    numbers |= {"w_wide": tensors["w"].shape[2] // 4, "y_wide": columns // vector}
     grid = (places, across, groups * splits)
     if splits == 1:
         driver.launch(Variant(kind, dtype, _name(y), vector, tile), grid, tensors, numbers)
@@ -215,7 +210,7 @@ def _weight_gradient(g: Tensor, x: Tensor, weight: Tensor, shape: Layer, groups:
         w = weight.permute(1, 2, 3, 0).contiguous()
         wide = -(-groups // vector // LANES)
         splits, per = split(wide * kh * kw, pixels, _room(x) * 4, 64)
-        variant, grid = Variant("depthwise_dw", _name(x), "float32", vector, FLAT), (wide, kh * kw, splits)
+        variant, grid = Variant("depthwise_dw", _name(x), "float32", vector, FLAT), (kh * kw, wide, splits)
         numbers |= {"depth": groups // vector, "per": per}
     else:
         w = weight.permute(0, 2, 3, 1).contiguous()
@@ -224,10 +219,10 @@ def _weight_gradient(g: Tensor, x: Tensor, weight: Tensor, shape: Layer, groups:
         blocks = -(-down // tile.rows) * tiles * kh * kw * groups
         splits, per = split(blocks, steps, _room(x) * tile.blocks, 8)
         variant = Variant("dw", _name(x), "float32", vector, tile)
-        grid = (-(-down // tile.rows), tiles * kh * kw, groups * splits)
+        grid = (tiles * kh * kw, -(-down // tile.rows), groups * splits)
         numbers |= {"rows": down, "cols": depth, "col_tiles": tiles, "taps": kh * kw}
         numbers |= {"steps": steps, "per": per, "splits": splits}
-    parts = torch.empty(splits, *w.shape, device=w.device)
+    parts = w.new_empty(splits, *w.shape)
     driver.launch(variant, grid, {"g": g, "w": _aligned(w), "x": x, "y": parts}, numbers)
     total = parts.sum(0)
     if alone:
@@ -242,9 +237,12 @@ def _layer(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[i
 
 
 def _tiled(w: Tensor, depth: int, columns: int) -> Tensor:
-    """``[group, tap, channel, column]`` with zeros up to whole tiles, float32 or words."""
-    w = w if w.dtype == torch.int32 else w.float()
-    return _aligned(F.pad(w, (0, -w.shape[3] % columns, 0, -w.shape[2] % depth)).contiguous())
+    """``[group, tap and channel, column]`` of ``[group, tap, channel, column]``, with zeros up to whole tiles.
+
+    float32 or words.
+    """
+    w = (w if w.dtype == torch.int32 else w.float()).flatten(1, 2)
+    return _aligned(F.pad(w, (0, -w.shape[2] % columns, 0, -w.shape[1] % depth)).contiguous())
 
 
 def _distances(name: str, x: Tensor, vector: int) -> Numbers:
@@ -254,12 +252,18 @@ def _distances(name: str, x: Tensor, vector: int) -> Numbers:
 
 
 def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """The batch in pieces whose entries have 32-bit indices."""
+    """The batch in pieces whose entries have 32-bit indices.
+
+    Raises:
+        RuntimeError: one image alone has too many.
+    """
     images = tensors[0].shape[0]
     largest = max(t[0].numel() for t in tensors) if images else 0
     if images * largest <= MOST_ELEMENTS:
         return [tensors]
-    most = max(1, MOST_ELEMENTS // largest)
+    most = MOST_ELEMENTS // largest
+    if not most:
+        raise RuntimeError(f"adder2d on CUDA takes images of {MOST_ELEMENTS} values, not of {largest}")
     return list(zip(*(t.split(most) for t in tensors), strict=True))
 
 

@@ -17,13 +17,20 @@ def source(variant: Variant) -> str:
     import tvm
 
     target = tvm.target.Target({"kind": "cuda", "arch": "sm_80"}, host={"kind": "llvm"})
-    with tvm.transform.PassContext(config={"tirx.UnrollLoop": {"explicit_unroll": False}}):
+    options = {
+        "config": {"tirx.UnrollLoop": {"explicit_unroll": False}},
+        # Barriers are where the generators put them: TVM, which takes a buffer's halves for one, would add another.
+        "disabled_pass": ["s_tir.ThreadSync"],
+    }
+    with tvm.transform.PassContext(**options):
         module = tvm.compile(tvm.IRModule({variant.name: _generate(variant)}), target).mod
     kernel = re.search(r'extern "C" __global__ [^;{]*\{.*', module.imports[0].inspect_source(), re.DOTALL)
     assert kernel is not None
     bounds = f"__launch_bounds__({variant.tile.threads}"
     text = kernel.group().replace(f"{variant.name}_kernel", variant.name)
     text = text.replace("#pragma unroll", f"#pragma unroll {variant.tile.unrolled}")
+    # The loop over steps alternates between two buffers: unrolled, it would not fit the cache of instructions.
+    text = re.sub(r"^( *)(for \(.*\{\n *__syncthreads)", r"\1#pragma unroll 1\n\1\2", text, flags=re.MULTILINE)
     if variant.vector == 4:
         text = text.replace(f"{bounds})", f"{bounds}, {variant.tile.blocks})")
     _check(variant, text)

@@ -1,12 +1,14 @@
 """Generators of the kernels with shared tiles: every output a sum over taps and channels of ``f(x, w)``.
 
-Rows of a tile are pixels, columns output channels, both of one group. Per step a block fetches ``depth`` channels of
-one tap into registers while it computes with those of the step before, which lie in shared memory as ``[channel][row]``
-and ``[channel][column]``; a thread keeps ``height`` x ``width`` sums in registers. The image is never unfolded.
+Rows of a tile are pixels, columns output channels, both of one group. What is summed over, the channels of one tap
+after those of another, is cut into steps of ``depth``; only the last is not full, however few channels a group has.
+Per step a block fetches the next one into registers while it computes with this one, which lies in shared memory as
+``[channel][row]`` and ``[channel][column]``; then it stores the next beside it, so that threads wait for each other
+once a step. A thread keeps ``height`` x ``width`` sums in registers. The image is never unfolded.
 
 One walk over pixels serves the output and the gradient of the input: pixel (a, b) meets, at tap (i, j), the pixel
 ``(a*mul_h + off_h + i*delta_h, b*mul_w + off_w + j*delta_w)`` of the tensor that is summed over. Outside of it that
-tensor is zero (``pad`` for integers): padding is part of the sum. Channels beyond the last are zero on both sides.
+tensor is zero (``pad`` for integers): padding is part of the sum. Behind the last tap both sides are zero.
 
 ``splits`` blocks may share the steps of a tile; each writes sums of its own.
 """
@@ -30,7 +32,7 @@ _NOWHERE = -(2**30)
 
 
 def walk(variant: Variant) -> tirx.PrimFunc:
-    """``forward``, ``dx`` or ``integer``: ``w[group][tap][channel][column]``, with zeros up to whole tiles.
+    """``forward``, ``dx`` or ``integer``: ``w[group][tap and channel][column]``, with zeros up to whole tiles.
 
     ``x`` is what is summed over (for ``dx`` the output's gradient), ``r`` the image a ``dx`` belongs to; all tensors
     but ``w`` are addressed by the distances of their images, rows and pixels, in entries of ``vector`` channels.
@@ -69,44 +71,35 @@ class _Walk:
 
     def emit(self) -> None:
         tile, a, kind = self.tile, self.a, self.variant.kind
-        self._locate(held(self.split * a["per"]))
-        xs = Shared(tile.depth, tile.rows + _GAP, self.compute)
-        ws = Shared(tile.depth, tile.columns, self.compute)
+        first = held(self.split * a["per"])
+        self._locate(first)
+        xs = Shared(2 * tile.depth, tile.rows + _GAP, self.compute)
+        ws = Shared(2 * tile.depth, tile.columns, self.compute)
         sums = emit.cleared(tile.height * tile.width, self.compute)
         values = self._beside() if kind == "dx" else None
-        self._fetch()
-        with T.serial(a["per"]):
-            sync()  # the tile of the step before has been used
-            self._stash(xs, ws)
-            sync()
-            self._advance()
-            self._fetch()
-            combine(tile, self.thread, xs, ws, lambda i, j, x, w: self._update(sums, values, i * tile.width + j, x, w))
+
+        def update(i: int, j: int, x: Any, w: Any) -> None:
+            self._update(sums, values, i * tile.width + j, x, w)
+
+        count = held(tirx.min(a["per"], a["steps"] - first))
+        more = self._share if kind == "dx" else lambda: None
+        pipeline(tile, count, self._fetch, lambda at: self._stash(xs, ws, at), xs, ws, self.thread, update, more)
         shares = self._shares(xs) if kind == "dx" else None
         self._finish(sums, shares)
 
     def _locate(self, first: Any) -> None:
-        """Which pixels and channels this thread fetches, and the tap of step ``first``."""
+        """Which pixels and channels this thread fetches, and the tap it begins with at step ``first``."""
         tile, a, vector = self.tile, self.a, self.variant.vector
         self.per_row = tile.depth // vector
-        fetches = tile.rows * self.per_row // tile.threads
-        if vector == 1:  # a thread keeps to one row: few channels are read from many pixels
-            self.beside = tile.threads // tile.rows  # threads of a row
-            self.row = [mod(self.thread, tile.rows)] * fetches
-            at = div(self.thread, tile.rows)
-            self.channel = [at + v * self.beside for v in range(fetches)]
-        else:  # neighbours read neighbours
-            self.beside = self.per_row
-            below = tile.threads // self.per_row
-            self.row = [div(self.thread, self.per_row) + v * below for v in range(fetches)]
-            self.channel = [mod(self.thread, self.per_row)] * fetches
-        rows = self.row[:1] if vector == 1 else self.row
-        corners = [self._corner(self.place + row) for row in rows]
-        self.corner = corners * fetches if vector == 1 else corners
-        tap = held(div(first, a["chunks"]))
-        self.at_channel = variable((first - tap * a["chunks"]) * self.per_row)
+        below = tile.threads // self.per_row
+        self.slot = mod(self.thread, self.per_row)  # neighbours read neighbours
+        self.rows = [div(self.thread, self.per_row) + v * below for v in range(tile.rows // below)]
+        self.corners = [self._corner(self.place + row) for row in self.rows]
+        k = held(first * self.per_row + self.slot)
+        tap = held(div(k, a["depth"]))
+        self.channel = variable(k - tap * a["depth"])
         self.tap_h, self.tap_w = variable(div(tap, a["taps_w"])), variable(mod(tap, a["taps_w"]))
-        self.x_raw = registers(fetches * vector, emit.stored(self.variant.dtype))
+        self.x_raw = registers(len(self.rows) * vector, emit.stored(self.variant.dtype))
         across = tile.columns // 4
         self.w_fetches = -(-tile.depth * across // tile.threads)
         self.w_cell = div(self.thread, across), mod(self.thread, across) * 4
@@ -128,48 +121,36 @@ class _Walk:
         n = held(div(line, a["PH"]))
         return n, line - n * a["PH"], m - line * a["PW"]
 
-    def _fetch(self) -> None:
-        """The next step's values from memory into registers; behind the last tap, zeros."""
+    def _fetch(self, more: Any) -> None:
+        """The next step's values from memory into registers; behind the last tap, and unless ``more``, zeros."""
         tile, a, variant = self.tile, self.a, self.variant
-        alive = self.tap_h[0] < a["taps_h"]
-        for v, ((base, top, left), channel) in enumerate(zip(self.corner, self.channel, strict=True)):
+        known = self.tap_h[0] < a["taps_h"]
+        outside = T.Select(known, a["pad"].astype("uint32"), tirx.const(0, "uint32")) if "pad" in a else None
+        for v, (base, top, left) in enumerate(self.corners):
             h, w = top + self.tap_h[0] * a["delta_h"], left + self.tap_w[0] * a["delta_w"]
-            c = self.at_channel[0] + channel
-            known = tirx.all(alive, c < a["depth"])
             inside = tirx.all(known, h >= 0, h < a["SH"], w >= 0, w < a["SW"])
-            outside = T.Select(known, a["pad"].astype("uint32"), tirx.const(0, "uint32")) if "pad" in a else None
-            entry = base + h * a["xh"] + w * a["xw"] + c
+            entry = base + h * a["xh"] + w * a["xw"] + self.channel[0]
             emit.take(self.x_raw, v * variant.vector, a["x"], entry, variant.vector, inside, outside)
         for v in range(self.w_fetches):
-            inside = tirx.all(alive, self.w_cell[0] + v * self.w_below < tile.depth)
+            inside = tirx.all(more, self.w_cell[0] + v * self.w_below < tile.depth)
             emit.take(self.w_raw, v * 4, a["w"], self.w_at[0] + v * self.w_below * a["w_wide"], 4, inside)
+        put(self.w_at, self.w_at[0] + tile.depth * a["w_wide"])
+        put(self.channel, self.channel[0] + self.per_row)
+        _carry(self.channel, a["depth"], self.tap_w)
+        _carry(self.tap_w, a["taps_w"], self.tap_h)
 
-    def _stash(self, xs: Any, ws: Any) -> None:
-        """From registers to shared memory."""
+    def _stash(self, xs: Shared, ws: Shared, at: Any) -> None:
+        """From registers to shared memory, from row ``at`` on."""
         variant, tile = self.variant, self.tile
-        for v, (row, channel) in enumerate(zip(self.row, self.channel, strict=True)):
+        for v, row in enumerate(self.rows):
             for i in range(variant.vector):
                 value = emit.loaded(self.x_raw[v * variant.vector + i], variant.dtype)
-                xs.put(channel * variant.vector + i, row, value)
-                if variant.kind == "dx":
-                    at = 0 if variant.vector == 1 else v
-                    T.buffer_store(self.share, self.share[at] + value, [at])
+                xs.put(at + self.slot * variant.vector + i, row, value)
         for v in range(self.w_fetches):
             k = self.w_cell[0] + v * self.w_below
             some = tile.depth < self.w_below  # fewer cells than threads
             with when(k < tile.depth) if some else contextlib.nullcontext():
-                ws.put(k, self.w_cell[1], self.w_raw[T.ramp(v * 4, 1, 4)], 4)
-
-    def _advance(self) -> None:
-        a = self.a
-        put(self.w_at, self.w_at[0] + self.tile.depth * a["w_wide"])
-        put(self.at_channel, self.at_channel[0] + self.per_row)
-        with when(self.at_channel[0] >= a["depth"]):
-            put(self.at_channel, 0)
-            put(self.tap_w, self.tap_w[0] + 1)
-            with when(self.tap_w[0] == a["taps_w"]):
-                put(self.tap_w, 0)
-                put(self.tap_h, self.tap_h[0] + 1)
+                ws.put(at + k, self.w_cell[1], self.w_raw[T.ramp(v * 4, 1, 4)], 4)
 
     def _update(self, sums: Any, values: Any, at: int, x: Any, w: Any) -> None:
         if self.variant.kind == "integer":
@@ -197,7 +178,7 @@ class _Walk:
     def _beside(self) -> Any:
         """The image at the thread's results, and room for the sums of what this thread fetches."""
         variant, tile = self.variant, self.tile
-        self.share = emit.cleared(1 if variant.vector == 1 else len(self.row))
+        self.share = emit.cleared(len(self.rows))
         raw = registers(variant.vector, emit.stored(variant.dtype))
         values = registers(tile.height * tile.width)
         for i, j, entry, inside in self._results():
@@ -206,6 +187,13 @@ class _Walk:
                 T.buffer_store(values, emit.loaded(raw[lane], variant.dtype), [i * tile.width + j + lane])
         return values
 
+    def _share(self) -> None:
+        """Add up what this thread fetched for each of its rows."""
+        for v in range(len(self.rows)):
+            for i in range(self.variant.vector):
+                value = emit.loaded(self.x_raw[v * self.variant.vector + i], self.variant.dtype)
+                T.buffer_store(self.share, self.share[v] + value, [v])
+
     def _shares(self, xs: Any) -> Any:
         """The sum of ``x`` over the steps, for each row of the thread's results: ``2*saturate(..) - 1`` needs it once.
 
@@ -213,13 +201,12 @@ class _Walk:
         """
         tile = self.tile
         sync()
-        for at, row in enumerate(self.row[:1] if self.variant.vector == 1 else self.row):
-            slot = div(self.thread, tile.rows) if self.variant.vector == 1 else self.channel[0]
-            xs.put(slot, row, self.share[at])
+        for v, row in enumerate(self.rows):
+            xs.put(self.slot, row, self.share[v])
         sync()
         shares = emit.cleared(tile.height)
         for i in range(tile.height):
-            for slot in range(self.beside):
+            for slot in range(self.per_row):
                 T.buffer_store(shares, shares[i] + xs.get(slot, row_of(tile, self.thread, i)), [i])
         return shares
 
@@ -254,17 +241,59 @@ def column_of(tile: Tile, thread: Any, j: int) -> Any:
     return (j // span) * (across * span) + mod(thread, across) * span + j % span
 
 
-def combine(tile: Tile, thread: Any, xs: Any, ws: Any, update: Callable[[int, int, Any, Any], None]) -> None:
-    """``update(i, j, x, w)`` for each tap in shared memory and each of a thread's results."""
+def pipeline(
+    tile: Tile,
+    count: Any,
+    fetch: Callable[[Any], None],
+    stash: Callable[[Any], None],
+    xs: Shared,
+    ws: Shared,
+    thread: Any,
+    update: Callable[[int, int, Any, Any], None],
+    begin: Callable[[], None] = lambda: None,
+) -> None:
+    """``count`` steps through two buffers: while one is computed with, the next step is on its way to the other.
+
+    Args:
+        fetch: loads the next step into registers, which no one waits for yet; is told whether there is one.
+        stash: stores them in shared memory, from the row it is given on.
+        begin: what else a step does, with its values still in the registers.
+        update: see :func:`combine`.
+    """
+    fetch(count > 0)
+    stash(0)
+    with T.serial(count) as step:
+        sync()  # this step's values are there, and those of the step before have been used
+        begin()
+        fetch(step + 1 < count)
+        combine(tile, thread, xs, ws, mod(step, 2) * tile.depth, update)
+        stash(mod(step + 1, 2) * tile.depth)
+
+
+def combine(
+    tile: Tile, thread: Any, xs: Shared, ws: Shared, at: Any, update: Callable[[int, int, Any, Any], None]
+) -> None:
+    """``update(i, j, x, w)`` for each tap in shared memory from row ``at`` on, and each of a thread's results."""
     x, w = registers(tile.height, xs.dtype), registers(tile.width, ws.dtype)
     with T.unroll(tile.depth) as k:
         for array, shared, size, place in ((x, xs, tile.height, row_of), (w, ws, tile.width, column_of)):
             span = min(size, 4)
             for i in range(0, size, span):
-                T.buffer_store(array, shared.get(k, place(tile, thread, i), span), [emit.whole(i, span)])
+                T.buffer_store(array, shared.get(at + k, place(tile, thread, i), span), [emit.whole(i, span)])
         for i in range(tile.height):
             for j in range(tile.width):
                 update(i, j, x[i], w[j])
+
+
+def _carry(low: Any, limit: Any, high: Any) -> None:
+    """Keep ``low`` below ``limit``; how often it went in is added to ``high``."""
+    with when(low[0] >= limit):
+        put(low, low[0] - limit)
+        put(high, high[0] + 1)
+        with when(low[0] >= limit):  # seldom: a division is slow
+            over = held(div(low[0], limit))
+            put(low, low[0] - over * limit)
+            put(high, high[0] + over)
 
 
 def sync() -> None:

@@ -17,12 +17,13 @@ def disagreement(device: torch.device, dtype: torch.dtype) -> str | None:
 
     Takes some milliseconds once kernels are compiled, and waits for the device.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for channels, filters, groups, stride in _LAYERS:
 
         def random(*shape: int) -> Tensor:
             # Few distinct values, so that some weights equal what they meet; all are exact in every type.
-            return (torch.randint(-6, 7, shape, generator=generator) / 4).to(device)
+            whole = torch.randint(-6, 7, shape, generator=generator, device="cpu")
+            return (whole.to(torch.float32) / 4).to(device)
 
         x, weight = random(2, channels, 9, 7), random(filters, channels // groups, 3, 3)
         config = ([stride] * 2, [1, 1], [1, 1], groups)

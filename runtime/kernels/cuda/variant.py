@@ -61,7 +61,7 @@ _WALK = (
     "taps_w",
 )
 _PLACES = ("xh", "xn", "xw", "yh", "yn", "yw")
-_TILED = ("chunks", "part", "per", "splits", "steps", "w_wide", "y_wide")
+_TILED = ("part", "per", "splits", "steps", "w_wide", "y_wide")
 _NUMBERS = {
     "forward": (*_WALK, *_PLACES, *_TILED),
     "dx": (*_WALK, *_PLACES, *_TILED, "sharpness"),

@@ -16,7 +16,7 @@ from tvm.tirx.script.builder import ir as T
 
 from anncvt.runtime.kernels.cuda import emit
 from anncvt.runtime.kernels.cuda.emit import div, held, mod, registers, variable, when
-from anncvt.runtime.kernels.cuda.tiles import Shared, column_of, combine, row_of, sync
+from anncvt.runtime.kernels.cuda.tiles import Shared, column_of, pipeline, row_of
 from anncvt.runtime.kernels.cuda.variant import Variant
 
 
@@ -29,10 +29,10 @@ def weight_gradient(variant: Variant) -> tirx.PrimFunc:
 def _emit(variant: Variant, block: list[Any], thread: Any, a: dict[str, Any]) -> None:
     tile, vector = variant.tile, variant.vector
     rows, cols = held(div(a["rows"], vector)), held(div(a["cols"], vector))
-    tap = held(div(block[1], a["col_tiles"]))
+    tap = held(div(block[0], a["col_tiles"]))
     group = held(div(block[2], a["splits"]))
     split = held(block[2] - group * a["splits"])
-    row, column = held(block[0] * tile.rows), held((block[1] - tap * a["col_tiles"]) * tile.columns)
+    row, column = held(block[1] * tile.rows), held((block[0] - tap * a["col_tiles"]) * tile.columns)
     down = held(div(tap, a["taps_w"]) * a["delta_h"] + a["off_h"])
     right = held(mod(tap, a["taps_w"]) * a["delta_w"] + a["off_w"])
     first = held(split * a["per"])
@@ -44,7 +44,7 @@ def _emit(variant: Variant, block: list[Any], thread: Any, a: dict[str, Any]) ->
     pixel = variable(first * tile.depth + div(thread, wide))
     below = tile.threads // wide
 
-    def fetch() -> None:
+    def fetch(_: Any) -> None:
         for v in range(fetches):
             p = held(pixel[0] + v * below)
             line = held(div(p, a["OW"]))
@@ -59,12 +59,12 @@ def _emit(variant: Variant, block: list[Any], thread: Any, a: dict[str, Any]) ->
             emit.take(x_raw, v * vector, a["x"], entry, vector, inside)
         emit.put(pixel, pixel[0] + tile.depth)
 
-    def stash() -> None:
+    def stash(at: Any) -> None:
         for v in range(fetches):
             for raw, shared in ((g_raw, gs), (x_raw, xs)):
                 for lane in range(vector):
                     value = emit.loaded(raw[v * vector + lane], variant.dtype)
-                    shared.put(div(thread, wide) + v * below, beside * vector + lane, value)
+                    shared.put(at + div(thread, wide) + v * below, beside * vector + lane, value)
 
     def places() -> Iterator[tuple[int, int, Any, Any]]:
         for i in range(tile.height):
@@ -78,17 +78,11 @@ def _emit(variant: Variant, block: list[Any], thread: Any, a: dict[str, Any]) ->
         at = i * tile.width + j
         T.buffer_store(sums, sums[at] + g * emit.slope(x - weights[at], a["sharpness"]), [at])
 
-    gs, xs = (Shared(tile.depth, tile.columns, "float32") for _ in range(2))
+    gs, xs = (Shared(2 * tile.depth, tile.columns, "float32") for _ in range(2))
     sums, weights = emit.cleared(tile.height * tile.width), registers(tile.height * tile.width)
     for i, j, entry, inside in places():
         emit.take(weights, i * tile.width + j, a["w"], entry, vector, inside)
-    fetch()
-    with T.serial(count):
-        sync()
-        stash()
-        sync()
-        fetch()
-        combine(tile, thread, gs, xs, update)
+    pipeline(tile, count, fetch, stash, gs, xs, thread, update)
     for i, j, entry, inside in places():
         with when(inside):
             values = [sums[i * tile.width + j + lane] for lane in range(vector)]

@@ -65,16 +65,51 @@ class Driver:
         self.kernel: variant.Variant = next(variant.variants(["dx"]))
         self.calls: list[tuple] = []
         self.passed: dict[str, float] = {}
-        self.status = 0
+        self.contexts: list[int] = []
+        self.loaded: list[tuple[int, int, bytes]] = []
+        self.status, self.mode = 0, 0
 
     def cuLaunchKernel(self, function, *rest):
         *configuration, pointers, extra = rest
         self.calls.append((function.value, *configuration, extra))
+        assert self.contexts == [0xC0], "no context is current in a thread that is new to the device"
         for name, address in zip([*self.kernel.pointers, *self.kernel.numbers], pointers, strict=True):
             pointer = name in self.kernel.pointers
             kind = ctypes.c_void_p if pointer else ctypes.c_float if name == "sharpness" else ctypes.c_int
             self.passed[name] = kind.from_address(address).value
         return self.status
+
+    def cuInit(self, flags):
+        return 0
+
+    def cuDeviceGet(self, number, index):
+        ctypes.cast(number, ctypes.POINTER(ctypes.c_int))[0] = index
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context, number):
+        ctypes.cast(context, ctypes.POINTER(ctypes.c_void_p))[0] = 0xC0 + number.value
+        return 0
+
+    def cuCtxPushCurrent_v2(self, context):
+        self.contexts.append(context.value)
+        return 0
+
+    def cuCtxPopCurrent_v2(self, context):
+        self.contexts.pop()
+        return 0
+
+    def cuThreadExchangeStreamCaptureMode(self, mode):
+        place = ctypes.cast(mode, ctypes.POINTER(ctypes.c_int))
+        place[0], self.mode = self.mode, place[0]
+        return 0
+
+    def cuModuleLoadData(self, module, cubin):
+        self.loaded.append((self.contexts[-1], self.mode, cubin))
+        return self.status
+
+    def cuModuleGetFunction(self, function, module, name):
+        ctypes.cast(function, ctypes.POINTER(ctypes.c_void_p))[0] = 0xF00
+        return 0
 
     def cuGetErrorString(self, status, text):
         ctypes.cast(text, ctypes.POINTER(ctypes.c_char_p))[0] = b"no such thing"
@@ -87,21 +122,17 @@ def recorded(monkeypatch) -> Driver:
     class Stream:
         cuda_stream = 0x5EAF
 
-    class On:
-        def __init__(self, device):
-            self.device = device
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            return None
-
     monkeypatch.setattr(driver, "_driver", lambda: fake)
-    monkeypatch.setattr(driver, "load", lambda chosen, device: ctypes.c_void_p(0xF00))
-    monkeypatch.setattr(torch.cuda, "device", On)
+    monkeypatch.setattr(driver, "_loaded", {})
+    monkeypatch.setattr(driver, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(build, "cubin", lambda chosen, arch: f"{chosen.name} {arch}".encode())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
-    return fake
+    driver._context.cache_clear()
+    yield fake
+    driver._context.cache_clear()
+    assert not fake.contexts, "a context was left current"
+    assert fake.mode == 0, "the mode of captures was left changed"
 
 
 def test_arguments_reach_the_driver_in_the_kernels_order(recorded):
@@ -124,6 +155,17 @@ def test_errors_of_the_driver_are_told(recorded):
         driver.launch(chosen, (1, 1, 1), {name: torch.zeros(1) for name in chosen.pointers}, numbers)
 
 
+def test_a_kernel_is_loaded_once_for_each_device_and_in_its_context(recorded):
+    """In the mode (relaxed, 2) that allows it while a stream is captured."""
+    for index in (0, 1, 0):
+        assert driver.load(recorded.kernel, torch.device("cuda", index)).value == 0xF00
+    cubin = f"{recorded.kernel.name} sm_90".encode()
+    assert recorded.loaded == [(0xC0, 2, cubin), (0xC1, 2, cubin)]
+    recorded.status = 209
+    with pytest.raises(RuntimeError, match=r"no such thing \(209\)"):
+        driver.load(recorded.kernel, torch.device("cuda", 2))
+
+
 class Image:
     """What :func:`usable` asks of a tensor, on a device that this machine lacks."""
 
@@ -136,9 +178,10 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(driver, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(trial, "disagreement", lambda device, dtype: None)
-    cuda._ready.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    cuda._READY.clear()
     yield
-    cuda._ready.cache_clear()
+    cuda._READY.clear()
 
 
 def test_without_compilers_and_cubins_there_is_one_notice(gpu, monkeypatch):
@@ -181,6 +224,47 @@ def test_kernels_that_do_not_load_are_not_used(gpu, monkeypatch):
     assert "no architecture that kernels are made for" in str(cuda.obstacle(GPU))
     monkeypatch.setattr(torch.version, "cuda", None)
     assert cuda.obstacle(GPU) == "this torch is not made for CUDA"
+
+
+def test_a_first_use_in_a_capture_is_refused_and_decides_nothing(gpu, monkeypatch):
+    monkeypatch.setattr(build, "lacking", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="run the network once on float32 before capturing"):
+        kernels.usable(Image)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert kernels.usable(Image)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert kernels.usable(Image)
+
+
+@needs_emulator
+def test_defaults_of_the_process_do_not_matter(emulated):
+    """A trial, and the kernels' own tensors, whatever type and device tensors get that are not told."""
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            assert trial.disagreement(torch.device("cpu"), torch.float32) is None
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_autocast_has_a_rule_on_gpus():
+    for name in ("AutocastCUDA", "AutocastCPU"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key("anncvt::adder2d", name)
+
+
+def test_compilers_see_shapes_and_layout_of_gpu_tensors():
+    """torch.compile traces on tensors that claim to be on a GPU: nothing is launched, nothing is asked of a driver."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, 16, 9, 10, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        weight = torch.empty(24, 16, 3, 3, device="cuda")
+        y = op(x, weight, [2, 2], [1, 1], [1, 1], 1, "full")
+        dx, dw = torch.ops.anncvt.adder2d_backward(y, x, weight, [2, 2], [1, 1], [1, 1], 1, "full", True, True)
+    assert (y.shape, y.device.type, y.dtype) == ((2, 24, 5, 5), "cuda", torch.bfloat16)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert (dx.shape, dx.dtype, dw.shape, dw.dtype) == (x.shape, torch.bfloat16, weight.shape, torch.float32)
 
 
 def test_kernels_can_be_turned_off(gpu, monkeypatch):

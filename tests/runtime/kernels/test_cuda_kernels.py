@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ KINDS = {
     "four paddings": Case(padding=(2, 0, 1, 3), stride=(2, 1)),
     "dilated": Case(size=(9, 9), dilation=(2, 3), padding=(2, 3), stride=(2, 2)),
     "groups": Case(channels=8, outputs=4, groups=3),
+    "few channels in groups": Case(channels=4, outputs=4, groups=2, kernel=(3, 2)),
     "depthwise": Case(channels=1, outputs=1, groups=20, stride=(2, 2), size=(9, 9)),
     "odd depthwise": Case(channels=1, outputs=1, groups=7, dilation=(2, 1)),
     "depthwise with multiplier": Case(channels=1, outputs=2, groups=6),
@@ -117,25 +119,38 @@ def test_the_order_of_threads_does_not_matter(emulate, kind):
         assert torch.equal(there[name], back[name]), name
 
 
-@pytest.mark.parametrize("barrier", [0, 1])
-def test_a_missing_barrier_is_found(emulate, monkeypatch, barrier):
-    """What the tests above rely on: without either barrier of the loop, threads meet values of another step."""
-    whole = cuda_emulator.source
+def test_a_missing_barrier_is_found(emulate, monkeypatch):
+    """What the tests above rely on. Each barrier of a dx is left out once: the loop's, and those around its sums."""
+    whole, left_out = cuda_emulator.source, 0
 
     def without(chosen: variant.Variant) -> str:
         parts = whole(chosen).split("__syncthreads();")
-        parts[barrier : barrier + 2] = ["".join(parts[barrier : barrier + 2])]
+        assert len(parts) == 4
+        parts[left_out : left_out + 2] = ["".join(parts[left_out : left_out + 2])]
         return "__syncthreads();".join(parts)
 
     monkeypatch.setattr(cuda_emulator, "source", without)
-    cuda_emulator.compiled.cache_clear()
     emulate()
-    case = KINDS["vectors"]
-    x, weight, _ = case.tensors()
-    with pytest.raises(AssertionError):
-        actual = launch.forward(x, weight, *case.arguments())
-        torch.testing.assert_close(actual.double(), reference.forward(x, weight, *case.arguments()))
+    x, weight, grad = KINDS["vectors"].tensors()
+    for left_out in range(3):  # noqa: B007 (``without`` reads it)
+        cuda_emulator.compiled.cache_clear()
+        with pytest.raises(AssertionError, match="met by several threads between two barriers"):
+            launch.input_gradient(grad, x, weight, *KINDS["vectors"].arguments(), "full")
     cuda_emulator.compiled.cache_clear()
+
+
+def test_few_channels_of_several_taps_share_a_step(emulate, monkeypatch):
+    """A step is 16 channels wide: 6 taps of 4 channels are 2 steps, and not one for each tap."""
+    emulated, steps = emulate(), []
+
+    def launched(chosen, grid, tensors, numbers):
+        steps.append(numbers["steps"])
+        emulated.launch(chosen, grid, tensors, numbers)
+
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(launch=launched, multiprocessors=emulated.multiprocessors))
+    x, weight, _ = KINDS["few channels in groups"].tensors()
+    launch.forward(x, weight, *KINDS["few channels in groups"].arguments())
+    assert steps == [2]
 
 
 def test_blocks_share_the_taps_of_small_maps(emulate):
@@ -144,7 +159,7 @@ def test_blocks_share_the_taps_of_small_maps(emulate):
     assert_right(case)
     grids = shared.grids
     assert grids["forward_float32_float32_4_128x16"] == {(1, 1, 4)}
-    assert grids["dw_float32_float32_4_16x16"] == {(1, 36, 1)}, "one step of pixels cannot be shared"
+    assert grids["dw_float32_float32_4_16x16"] == {(36, 1, 1)}, "one step of pixels cannot be shared"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -199,6 +214,14 @@ def test_batches_beyond_32_bit_indices_go_in_parts(emulate, monkeypatch, limit):
     emulated = emulate()
     assert_right(replace(KINDS["vectors"], batch=3))
     assert emulated.launched["forward_float32_float32_4_128x16"] == (3 if limit == 2000 else 1)
+
+
+def test_an_image_beyond_32_bit_indices_is_refused(emulate, monkeypatch):
+    monkeypatch.setattr(launch, "MOST_ELEMENTS", 1000)
+    emulate()
+    x, weight, _ = KINDS["vectors"].tensors()
+    with pytest.raises(RuntimeError, match="images of 1000 values, not of 1440"):
+        launch.forward(x, weight, *KINDS["vectors"].arguments())
 
 
 def test_views_and_empty_batches(emulate):

@@ -345,7 +345,7 @@ def export(
         integers: its integer network instead (of 8 bits or fewer), to ``model.int8.onnx``.
         opset: None: 18, for integers 19.
         body: the op in standard operators: "scan", whose memory stays small, or "one", without control flow.
-        fuse: adders with what follows them as one node; not for integers.
+        fuse: adders with what follows them as one node.
 
     Raises:
         AnncvtError: nothing converted yet, or not quantized yet, not exportable, or ``path`` cannot be written.
@@ -356,9 +356,7 @@ def export(
     target = _beside(program, path, INTEGER_ONNX if integers else ONNX)
     options = {} if opset is None else {"opset": opset}
     if integers:
-        if fuse:
-            raise AnncvtError("integers are not fused", fix="leave out --fuse, or --int8")
-        return onnx.export_integers(program, target, body=body, **options, progress=progress)
+        return onnx.export_integers(program, target, body=body, fuse=fuse, **options, progress=progress)
     return onnx.export(program, target, body=body, fuse=fuse, **options, progress=progress)
 
 

@@ -198,7 +198,9 @@ def quantize(folder: str, bits: str, **rest: Any) -> None:
     help="onnx: the adders' definition for runtimes without a kernel: of little memory, or without control flow.",
 )
 @click.option(
-    "--fuse", is_flag=True, help="onnx: adders with BatchNorm, sums and ReLU as one node, for the fast library."
+    "--fuse",
+    is_flag=True,
+    help="onnx: adders with what follows them (BatchNorm, sums, ReLU) as one node, for the fast library.",
 )
 @click.option("--format", "form", type=click.Choice(["onnx", "hardware"]), default="onnx", show_default=True)
 @click.option("--golden", type=click.IntRange(1), default=2, show_default=True, help="hardware: images to trace.")
@@ -339,8 +341,8 @@ def run(folder: str, inputs: tuple[str, ...], backend: str, int8: bool, top: int
 def bench(folder: str, batch: int, repeats: int, budget: float, teacher_in_tvm: bool) -> None:
     """Time an adder network against its CNN.
 
-    In torch, onnxruntime and TVM, in floats and (of what `compile --int8` wrote, and of the CNN quantized by
-    onnxruntime) in integers.
+    In torch, onnxruntime (with the native library, too, if the folder has it) and TVM, in floats and (of what
+    `export --int8` and `compile --int8` wrote, and of the CNN quantized by onnxruntime) in integers.
     """
     from anncvt import api, report
 

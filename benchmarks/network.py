@@ -1,7 +1,11 @@
-"""Whole networks on this machine: adders compiled by TVM against the CNN in onnxruntime, in floats and in integers.
+"""Whole networks on this machine: adders against the CNN in onnxruntime, in floats and in integers.
 
     python benchmarks/network.py torchvision:resnet50 torchvision:mobilenet_v2 --threads 1
     python benchmarks/network.py torchvision:resnet18 --batch 16 --keep out/networks
+    python benchmarks/network.py torchvision:resnet50 --rows native "native, int8" CNN "CNN, int8"
+
+"adders" are compiled by TVM as a whole; "native" are ONNX files in onnxruntime with the native library, with fused
+adders unless it says "unfused".
 
 Random weights, BatchNorm statistics of noise, the default plan (in a MobileNetV2 pointwise convolutions become adders,
 depthwise ones stay). Medians of interleaved calls, and the least of them, which other work disturbs less; by the
@@ -33,12 +37,22 @@ from anncvt.passes.plan import plan
 from anncvt.passes.quantize import QuantizeConfig, quantize
 from anncvt.passes.rewrite import rewrite
 from anncvt.program import Program
-from anncvt.runtime import onnx, processor, tvm
+from anncvt.runtime import integer_network, onnx, onnx_native, processor, tvm
 from anncvt.runtime.contestants import quantised, reduced_range
 
 #: Images that choose the ranges of the integers; they are noise.
 IMAGES = 4
-ROWS = {"adders": "model.so", "adders, int8": "model.int8.so", "CNN": "cnn.onnx", "CNN, int8": "cnn.int8.onnx"}
+ROWS = {
+    "adders": "model.so",
+    "adders, int8": "model.int8.so",
+    "native": "model.onnx",
+    "native, int8": "model.int8.onnx",
+    "native unfused": "unfused.onnx",
+    "native unfused, int8": "unfused.int8.onnx",
+    "CNN": "cnn.onnx",
+    "CNN, int8": "cnn.int8.onnx",
+}
+DEFAULT = ("adders", "adders, int8", "CNN", "CNN, int8")
 
 
 def main() -> None:
@@ -49,7 +63,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(DEFAULT))
     parser.add_argument("--keep", type=Path, metavar="DIR")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -71,23 +85,36 @@ def main() -> None:
 def build(name: str, size: int, batch: int, folder: Path, rows: list[str]) -> None:
     """Write what is missing of the files of :data:`ROWS`, and say how long compiling took."""
     wanted = [row for row in rows if not (folder / ROWS[row]).exists()]
-    if not wanted:
-        return
-    program = converted(name, size)
-    for row in wanted:
-        path = folder / ROWS[row]
-        if row.startswith("CNN"):
-            onnx.export_network(program.teacher, program.preprocess.input_size, folder / ROWS["CNN"])
-            if row != "CNN":
-                quantised(folder / ROWS["CNN"], path, program.preprocess.input_size)
-            continue
-        network = quantize(program, noise(program), QuantizeConfig(fit=False)) if row != "adders" else None
+    if wanted:
+        program = converted(name, size)
+        program.folder = str(folder)
+        if any(row.endswith("int8") and not row.startswith("CNN") for row in wanted):
+            integer_network.save(quantize(program, noise(program), QuantizeConfig(fit=False)), folder)
+        for row in wanted:
+            begin = time.monotonic()
+            make(program, row, folder / ROWS[row], batch)
+            print(f"{name}: {row} made in {time.monotonic() - begin:.1f} s", flush=True)
+    native, library = [row for row in rows if row.startswith("native")], folder / onnx_native.LIBRARY
+    if native and (not library.exists() or set(native) & set(wanted)):
         begin = time.monotonic()
-        if network is None:
-            tvm.compile(program, path, batch=batch)
-        else:
-            tvm.compile_network(network, program.preprocess, path, batch=batch)
-        print(f"{name}: {row} compiled in {time.monotonic() - begin:.1f} s", flush=True)
+        onnx_native.build([folder / ROWS[row] for row in native], library, target="cpu")
+        print(f"{name}: native library built in {time.monotonic() - begin:.1f} s", flush=True)
+
+
+def make(program: Program, row: str, path: Path, batch: int) -> None:
+    """Write the file of a row; the program's folder holds its integers where the row is of integers."""
+    size = program.preprocess.input_size
+    if row == "adders":
+        tvm.compile(program, path, batch=batch)
+    elif row == "adders, int8":
+        tvm.compile_network(integer_network.load(path.parent), program.preprocess, path, batch=batch)
+    elif row.startswith("native"):
+        export = onnx.export_integers if row.endswith("int8") else onnx.export
+        export(program, path, fuse="unfused" not in row)
+    else:
+        floats = onnx.export_network(program.teacher, size, path.parent / ROWS["CNN"])
+        if row == "CNN, int8":
+            quantised(floats, path, size)
 
 
 def converted(name: str, size: int) -> Program:
@@ -122,8 +149,9 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]
     for row in options.rows:
         path = folder / ROWS[row]
         call: Callable[[np.ndarray], np.ndarray]
-        if row.startswith("CNN"):
+        if path.suffix == ".onnx":
             session = onnx.session(path, threads=options.threads)
+            assert session.anncvt.native == row.startswith("native"), session.anncvt.why
             call = lambda images, session=session: onnx.run(session, images)  # noqa: E731
         else:
             call = tvm.load(path, threads=options.threads)
@@ -148,8 +176,9 @@ def report(name: str, times: dict[str, float], batch: int) -> None:
     print(
         f"{name}: " + ", ".join(f"{row} {value:.2f} ms ({value / batch:.2f} an image)" for row, value in times.items())
     )
-    pairs = [("adders", "CNN"), ("adders, int8", "CNN, int8"), ("adders, int8", "CNN")]
-    ratios = [f"{a} / {b} {times[a] / times[b]:.3f}" for a, b in pairs if a in times and b in times]
+    pairs = [("", ""), (", int8", ", int8"), (", int8", "")]
+    named = [(f"{made}{a}", f"CNN{b}") for made in ("adders", "native", "native unfused") for a, b in pairs]
+    ratios = [f"{a} / {b} {times[a] / times[b]:.3f}" for a, b in named if a in times and b in times]
     print("  " + "; ".join(ratios), flush=True)
 
 

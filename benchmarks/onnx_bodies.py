@@ -1,8 +1,9 @@
 """What the definitions of the adder ops cost in stock onnxruntime: processor time and memory of ResNet-50's layers.
 
     python benchmarks/onnx_bodies.py
+    python benchmarks/onnx_bodies.py --network net.ann    the whole network of a quantized folder instead
 
-Every case runs in a process of its own, on one thread, batch 1. Memory is what a call adds to the process at its peak,
+Every layer runs in a process of its own, on one thread, batch 1. Memory is what a call adds to the process at its peak,
 without input and output.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -80,7 +82,29 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
+def network(folder: str) -> None:
+    """Times of a network with every definition, in floats and in integers; the sessions take turns."""
+    from timing import CLOCKS, interleaved
+
+    from anncvt.folder import open_folder
+    from anncvt.runtime.onnx import export, export_integers, session
+
+    program, calls = open_folder(folder), {}
+    x = np.random.default_rng(0).normal(size=(1, *program.preprocess.input_size)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as scratch:
+        for body in BODIES:
+            for kind, write in (("floats", export), ("integers", export_integers)):
+                path = write(program, Path(scratch, f"{kind}-{body}.onnx"), body=body)
+                opened = session(path, threads=1, library="none")
+                calls[f"{body}, {kind}"] = lambda s=opened: s.run(None, {"image": x})
+    for name, seconds in interleaved(calls, 20, CLOCKS["cpu"]).items():
+        print(f"{name:20}{1e3 * seconds:8.1f} ms")
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--network"]:
+        network(sys.argv[2])
+        return
     if len(sys.argv) > 1:
         integer, body, *layer = json.loads(sys.argv[1])
         print(json.dumps(measure(integer, body, tuple(layer))))

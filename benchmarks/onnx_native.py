@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 from int8 import qlinear_convolution
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import InferenceSession
 from residual import pair
 from shapes import RESNET20, RESNET50, Layer
 from timing import CLOCKS, interleaved
@@ -51,19 +52,10 @@ def layers(folder: Path, repeats: int) -> None:
     functions = definitions(folder)
     paths = [write(folder, index, layer, functions) for index, layer in enumerate(RESNET20)]
     library = onnx_native.build(paths, folder / onnx_native.LIBRARY, target="cpu")
-    totals = {"definition": 0.0, "native": 0.0}
-    print(f"{'layer':30}{'definition, ms':>16}{'native, ms':>16}{'ratio':>8}")
+    table = Table("definition", "native", repeats)
     for layer, path in zip(RESNET20, paths, strict=True):
-        x = {"x": floats(layer)}
-        stock, native = (session(path, threads=1, library=each) for each in ("none", library))
-        times = interleaved(
-            {"definition": lambda s=stock, x=x: s.run(None, x), "native": lambda s=native, x=x: s.run(None, x)},
-            repeats,
-            CLOCKS["cpu"],
-        )
-        totals = {name: totals[name] + layer.count * times[name] for name in totals}
-        row(str(layer), times, "definition", "native")
-    row("all layers", totals, "definition", "native")
+        table.add(layer, session(path, threads=1, library="none"), session(path, threads=1, library=library))
+    table.total()
 
 
 def memory(folder: Path, repeats: int) -> None:
@@ -97,23 +89,14 @@ def integers(folder: Path, repeats: int) -> None:
     """The adder ends with int32 sums in plain layout, QLinearConv with requantised bytes."""
     paths = [write(folder, index, layer, [], integer=True) for index, layer in enumerate(RESNET50)]
     library = onnx_native.build(paths, folder / onnx_native.LIBRARY, target="cpu")
-    totals = {"native": 0.0, "QLinearConv": 0.0}
-    print(f"{'layer':30}{'native, ms':>16}{'QLinearConv, ms':>16}{'ratio':>8}")
+    table = Table("native", "QLinearConv", repeats)
     for layer, path in zip(RESNET50, paths, strict=True):
-        random = np.random.default_rng(0)
-        x = {"x": random.integers(0, 256, (1, layer.channels, layer.size, layer.size)).astype(np.uint8)}
-        weight = random.integers(-127, 128, (layer.outputs, layer.channels, layer.kernel, layer.kernel)).astype(np.int8)
+        shape = (layer.outputs, layer.channels, layer.kernel, layer.kernel)
+        weight = np.random.default_rng(0).integers(-127, 128, shape).astype(np.int8)
         peer = folder / "peer.onnx"
         onnx.save(qlinear_convolution(layer, weight), peer)
-        native, convolution = open_session(path, 1, library), open_session(peer, 1)
-        times = interleaved(
-            {"native": lambda s=native, x=x: s.run(None, x), "QLinearConv": lambda s=convolution, x=x: s.run(None, x)},
-            repeats,
-            CLOCKS["cpu"],
-        )
-        totals = {name: totals[name] + layer.count * times[name] for name in totals}
-        row(str(layer), times, "native", "QLinearConv")
-    row("all layers", totals, "native", "QLinearConv")
+        table.add(layer, open_session(path, 1, library), open_session(peer, 1))
+    table.total()
 
 
 def network(folder: Path, repeats: int) -> None:
@@ -138,21 +121,39 @@ def network(folder: Path, repeats: int) -> None:
         print(f"{name:10}{seconds * 1e3:10.1f} ms{seconds / times['CNN']:8.3f}")
 
 
-def row(title: str, times: dict[str, float], first: str, second: str) -> None:
-    """Two times and the first over the second."""
-    figures = f"{times[first] * 1e3:16.3f}{times[second] * 1e3:16.3f}{times[first] / times[second]:8.2f}"
-    print(f"{title:30}{figures}", flush=True)
+class Table:
+    """Times of two sessions on one layer after the other, and the first over the second."""
+
+    def __init__(self, first: str, second: str, repeats: int) -> None:
+        self.totals, self.repeats = {first: 0.0, second: 0.0}, repeats
+        print(f"{'layer':30}{first + ', ms':>16}{second + ', ms':>16}{'ratio':>8}")
+
+    def add(self, layer: Layer, *sessions: InferenceSession) -> None:
+        """A row; the sessions take the same image, of the type that they want."""
+        shape, random = (1, layer.channels, layer.size, layer.size), np.random.default_rng(0)
+        floats = sessions[0].get_inputs()[0].type == "tensor(float)"
+        image = random.normal(size=shape).astype(np.float32) if floats else random.integers(0, 256, shape, np.uint8)
+        calls = {
+            name: lambda s=each: s.run(None, {"x": image}) for name, each in zip(self.totals, sessions, strict=True)
+        }
+        times = interleaved(calls, self.repeats, CLOCKS["cpu"])
+        self.totals = {name: total + layer.count * times[name] for name, total in self.totals.items()}
+        self._print(str(layer), times)
+
+    def total(self) -> None:
+        """The sum over the layers of the network."""
+        self._print("all layers", self.totals)
+
+    @staticmethod
+    def _print(title: str, times: dict[str, float]) -> None:
+        first, second = times.values()
+        print(f"{title:30}{first * 1e3:16.3f}{second * 1e3:16.3f}{first / second:8.2f}", flush=True)
 
 
 def definitions(folder: Path) -> list[onnx.FunctionProto]:
     """The ops' definitions, from a file that was exported."""
     path = export_network(nn.Sequential(AdderConv2d(3, 4, 1), nn.Flatten()).eval(), (3, 4, 4), folder / "small.onnx")
     return list(onnx.load(path).functions)
-
-
-def floats(layer: Layer) -> np.ndarray:
-    shape = (1, layer.channels, layer.size, layer.size)
-    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
 def write(

@@ -47,16 +47,18 @@ def bench(
         repeats: timed calls of each contestant.
         seconds: stop after this much time even with fewer repeats; every contestant gets at least one burst.
         onnx_path, so_path, integer_path: the student's files. None: those of the program's folder; without a
-            ``model.onnx`` one is exported for the occasion, what was not compiled is left out.
+            ``model.onnx`` one is exported for the occasion, what was not compiled is left out. Exported integers and
+            the native library for onnxruntime take part where the folder has them.
         teacher_in_tvm: compile the CNN for the occasion and time it in TVM, too.
 
     Returns:
         ``{"rows": [...], "missing": {backend: reason}, "settings": {...}}``, a row being ``{"network": "student" |
-        "teacher", "backend": "torch" | "onnxruntime" | "tvm", "dtype": "float32" | "int8", "batch", "threads", "runs",
-        "p50_ms", "p90_ms", "p99_ms", "images_per_second", "memory_mb", "ratio", "ratio_int8"}``: percentiles of one
-        call, images per second at the median, by how much loading it and a first call raised the process's memory at
-        the peak (None where the system does not tell), and the median over that of the teacher in onnxruntime, in
-        floats and in integers (None where that is missing). "settings" says how it was measured.
+        "teacher", "backend": "torch" | "onnxruntime" | "onnxruntime native" | "tvm", "dtype": "float32" | "int8",
+        "batch", "threads", "runs", "p50_ms", "p90_ms", "p99_ms", "images_per_second", "memory_mb", "ratio",
+        "ratio_int8"}``: percentiles of one call, images per second at the median, by how much loading it and a first
+        call raised the process's memory at the peak (None where the system does not tell), and the median over that of
+        the teacher in onnxruntime, in floats and in integers (None where that is missing). "settings" says how it was
+        measured.
 
     Raises:
         AnncvtError: there is no student, a number is not positive, or a file cannot be opened.

@@ -41,18 +41,12 @@ class Contestant:
         return self.network, self.backend, self.dtype
 
 
-#: How an exported student is opened, by backend: ``(path, threads) -> call``.
-ONNX_RUNTIMES: dict[str, Callable[[Path, int], Call]] = {}
-
-
-def _onnxruntime(path: Path, threads: int) -> Call:
+def _onnxruntime(path: Path, threads: int, library: str | Path = "none") -> Call:
+    """``library``: the native one, or ``"none"``: the definitions in the file."""
     from anncvt.runtime import onnx
 
-    session = onnx.session(path, threads=threads)
+    session = onnx.session(path, threads=threads, library=library)
     return lambda images: onnx.run(session, images)
-
-
-ONNX_RUNTIMES["onnxruntime"] = _onnxruntime
 
 
 class Contestants:
@@ -61,7 +55,7 @@ class Contestants:
     Args:
         scratch: a folder for files made for the occasion.
         onnx_path, so_path, integer_path: the student's files. None: those of the program's folder. Without an exported
-            student one is exported to ``scratch``.
+            student one is exported to ``scratch``; exported integers are taken from the folder.
         teacher_in_tvm: compile the CNN, too.
     """
 
@@ -94,8 +88,9 @@ class Contestants:
         teacher = self.scratch / "teacher.onnx"
         onnx.export_network(program.teacher, size, teacher, progress=self.progress)
         yield Contestant("student", "torch", "float32", lambda: _torch(student))
-        for backend, runtime in ONNX_RUNTIMES.items():
-            yield Contestant("student", backend, "float32", functools.partial(runtime, exported, threads))
+        yield from self._exported(exported, "float32")
+        if (integer_file := exported_file(program, "model.int8.onnx")) is not None:
+            yield from self._exported(integer_file, "int8")
         yield from self._compiled()
         yield Contestant("teacher", "torch", "float32", lambda: _torch(program.teacher))
         yield Contestant("teacher", "onnxruntime", "float32", lambda: _onnxruntime(teacher, threads))
@@ -104,6 +99,16 @@ class Contestants:
             yield Contestant("teacher", "onnxruntime", "int8", lambda: _onnxruntime(integers, threads))
         except AnncvtError as error:
             self.missing["onnxruntime int8"] = str(error)
+
+    def _exported(self, path: Path, dtype: str) -> Iterator[Contestant]:
+        """An exported student on the definitions in the file, and on the native library if that can be had."""
+        from anncvt.runtime.onnx_session import choose
+
+        yield Contestant("student", "onnxruntime", dtype, functools.partial(_onnxruntime, path, self.threads))
+        choice = choose(path)
+        if choice.library is not None:
+            native = functools.partial(_onnxruntime, path, self.threads, choice.library)
+            yield Contestant("student", "onnxruntime native", dtype, native)
 
     def _compiled(self) -> Iterator[Contestant]:
         """The student, and if asked the teacher, in TVM."""

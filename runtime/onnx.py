@@ -47,7 +47,7 @@ def export(
 
     Args:
         path: the ``.onnx`` file. Weights beyond 2 GB go to a second file beside it.
-        opset: ONNX operator-set version. Below 18 only networks whose operators onnx can convert back.
+        opset: ONNX operator-set version. Below 18 only networks whose operators exist there.
         body: how the op is defined in standard operators, one of :data:`anncvt.runtime.onnx_body.BODIES`.
         fuse: adders with the BatchNorm, addition and ReLU behind them as one node: fast with the native library,
             slower without it.
@@ -105,11 +105,16 @@ def export_integers(
     *,
     opset: int = INTEGER_OPSET,
     body: str = "scan",
+    fuse: bool = False,
     progress: Progress = SILENT,
 ) -> Path:
     """Write the integer network of the program's folder as ONNX, with the same input and output as :func:`export`.
 
     It computes what :mod:`anncvt.runtime.integer` does, bit for bit; ``logits`` are the integers times their scale.
+
+    Args:
+        opset, body: see :func:`export`.
+        fuse: adders with their requantisation as one node: fast with the native library.
 
     Raises:
         AnncvtError: not quantized yet, no such opset or body, or ``path`` cannot be written.
@@ -119,7 +124,7 @@ def export_integers(
     from anncvt.runtime.onnx_integer import integer_model
 
     with progress.task("exporting integers to ONNX", None):
-        model = integer_model(network, program.preprocess, opset, body, INPUT, OUTPUT)
+        model = integer_model(network, program.preprocess, opset, body, INPUT, OUTPUT, fuse=fuse)
         model.metadata_props.update(metadata(program, network))
         write(model, Path(path))
     return Path(path)

@@ -1,4 +1,4 @@
-"""The fused ops written in standard ONNX operators and ``ai.anncvt::Adder2d``.
+"""The fused ops written in standard ONNX operators and the adder ops, of floats and of integers.
 
 Their tensors are blocked, ``[N, ceil(C/16), H, W, 16]``, lanes beyond the last channel zero: the layout that the native
 library computes in, so that layers pass on what they have.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from anncvt.runtime.onnx_body import DOMAIN, VERSION
+from anncvt.runtime.onnx_body import DOMAIN, INTEGER_OP_TYPE, OP_TYPE, VERSION
 
 if TYPE_CHECKING:
     import onnx
@@ -24,31 +24,68 @@ _FUSED_DOC = """y = clip(scale * Adder2d(x, w) + shift, low, high), per output c
 x: [N, ceil(C/16), H, W, 16]; w: [O, C/group, kh, kw]; scale, shift: [O]; y: [N, ceil(O/16), H', W', 16].
 Lanes beyond the last channel are zero in x and in y. The attributes are those of Adder2d, low and high."""
 _RESIDUAL_DOC = _FUSED_DOC.replace("+ shift,", "+ shift + residual,").replace("y: [", "residual and y: [")
+_INTEGER_DOC = """y = clip((AdderInteger2d(x, w) * multiplier + bias + 2**(shift-1)) >> shift, low, high)
+
+x: [N, ceil(C/16), H, W, 16] uint8; w: [O, C/group, kh, kw] uint8; multiplier: [O] int32; bias: [O] int64;
+y: [N, ceil(O/16), H', W', 16] uint8. Per output channel; int64 behind the adder; the shift is arithmetic, so
+that ties round up. shift: 1 to 31; low, high: within 0 to 255. The other attributes are those of AdderInteger2d.
+Lanes beyond the last channel are zero in x and in y."""
+_INTEGER_RESIDUAL_DOC = _INTEGER_DOC.replace("+ bias +", "+ bias + residual * residual_multiplier +").replace(
+    "y: [", "residual and y: ["
+)
 
 
 def functions(opset: int) -> list[onnx.FunctionProto]:
     """``Block``, ``Unblock``, ``FusedAdder2d`` and ``FusedAdder2dResidual`` for models of operator-set ``opset``."""
     window = "strides, pads, dilations, group: int = 1, low, high"
     texts = {
-        "Block (x) => (y)": (_block("x", "y"), _BLOCK_DOC),
-        "Unblock <channels> (x) => (y)": (_CHANNELS + _unblock("x", "y", "channels"), _UNBLOCK_DOC),
-        f"FusedAdder2d <{window}> (x, w, scale, shift) => (y)": (_fused(residual=False), _FUSED_DOC),
-        f"FusedAdder2dResidual <{window}> (x, w, scale, shift, residual) => (y)": (
+        **_layouts(""),
+        f"Fused{OP_TYPE} <{window}> (x, w, scale, shift) => (y)": (_fused(residual=False), _FUSED_DOC),
+        f"Fused{OP_TYPE}Residual <{window}> (x, w, scale, shift, residual) => (y)": (
             _fused(residual=True),
             _RESIDUAL_DOC,
         ),
     }
-    return [_parse(signature, body, doc, opset) for signature, (body, doc) in texts.items()]
+    return _parse(texts, opset)
 
 
-def _parse(signature: str, body: str, doc: str, opset: int) -> onnx.FunctionProto:
+def integer_functions(opset: int) -> list[onnx.FunctionProto]:
+    """The same on uint8: ``BlockInteger``, ``UnblockInteger``, ``FusedAdderInteger2d`` and the one with a residual."""
+    window = "strides, pads, dilations, group: int = 1, pad_value: int = 0, shift, low, high"
+    texts = {
+        **_layouts("Integer"),
+        f"Fused{INTEGER_OP_TYPE} <{window}> (x, w, multiplier, bias) => (y)": (
+            _fused_integer(residual=False),
+            _INTEGER_DOC,
+        ),
+        f"Fused{INTEGER_OP_TYPE}Residual <{window}, residual_multiplier> (x, w, multiplier, bias, residual) => (y)": (
+            _fused_integer(residual=True),
+            _INTEGER_RESIDUAL_DOC,
+        ),
+    }
+    return _parse(texts, opset)
+
+
+def _layouts(kind: str) -> dict[str, tuple[str, str]]:
+    """The ops that change the layout; they are written the same for every element type."""
+    return {
+        f"Block{kind} (x) => (y)": (_block("x", "y"), _BLOCK_DOC),
+        f"Unblock{kind} <channels> (x) => (y)": (_CHANNELS + _unblock("x", "y", "channels"), _UNBLOCK_DOC),
+    }
+
+
+def _parse(texts: dict[str, tuple[str, str]], opset: int) -> list[onnx.FunctionProto]:
+    """Functions of bodies and descriptions by signature."""
     from onnx import parser
 
     imports = f'opset_import: ["" : {opset}, "{DOMAIN}" : {VERSION}], domain: "{DOMAIN}"'
-    constants = "".join(line for name, line in _CONSTANTS.items() if re.search(rf"\b{name}\b", body))
-    function = parser.parse_function(f"<{imports}>\n{signature} {{{constants}{body}}}")
-    function.doc_string = doc
-    return function
+    found = []
+    for signature, (body, doc) in texts.items():
+        constants = "".join(line for name, line in _CONSTANTS.items() if re.search(rf"\b{name}\b", body))
+        function = parser.parse_function(f"<{imports}>\n{signature} {{{constants}{body}}}")
+        function.doc_string = doc
+        found.append(function)
+    return found
 
 
 _CONSTANTS = {
@@ -90,9 +127,9 @@ def _unblock(x: str, y: str, channels: str) -> str:
 """
 
 
-def _fused(residual: bool) -> str:
-    window = "strides: ints = @strides, pads: ints = @pads, dilations: ints = @dilations, group: int = @group"
-    added = _unblock("residual", "plain_residual", "filters") + "  total = Add (shifted, plain_residual)\n"
+def _sums(op: str, *more: str) -> str:
+    """``sums``, what the adder makes of the blocked ``x``; ``more``: its attributes beyond those of every adder."""
+    given = ["strides: ints = @strides", "pads: ints = @pads", "dilations: ints = @dilations", "group: int = @group"]
     return f"""
   group_count = Constant <value_int: int = @group> ()
   groups = Reshape (group_count, one)
@@ -100,8 +137,15 @@ def _fused(residual: bool) -> str:
   filters = Shape <start: int = 0, end: int = 1> (w)
   channels = Mul (depth, groups)
 {_unblock("x", "plain", "channels")}
-  sums = {DOMAIN}.Adder2d <{window}> (plain, w)
+  sums = {DOMAIN}.{op} <{", ".join([*given, *more])}> (plain, w)
   per_channel = Constant <value: tensor = int64[4] {{1, -1, 1, 1}}> ()
+"""
+
+
+def _fused(residual: bool) -> str:
+    added = _unblock("residual", "plain_residual", "filters") + "  total = Add (shifted, plain_residual)\n"
+    return f"""
+{_sums(OP_TYPE)}
   scales = Reshape (scale, per_channel)
   shifts = Reshape (shift, per_channel)
   scaled = Mul (sums, scales)
@@ -111,3 +155,39 @@ def _fused(residual: bool) -> str:
   high = Constant <value_float: float = @high> ()
   clipped = Clip (total, low, high)
 {_block("clipped", "y")}"""
+
+
+def _fused_integer(residual: bool) -> str:
+    """ONNX shifts no signed integers, and its division drops fractions: so the sum is clamped before the shift."""
+    added = f"""
+{_unblock("residual", "plain_residual", "filters")}
+  wide_residual = Cast <to: int = 7> (plain_residual)
+  residual_factor = Constant <value_int: int = @residual_multiplier> ()
+  share = Mul (wide_residual, residual_factor)
+  total = Add (rounded, share)
+"""
+    return f"""
+{_sums(INTEGER_OP_TYPE, "pad_value: int = @pad_value")}
+  wide_sums = Cast <to: int = 7> (sums)
+  wide_multiplier = Cast <to: int = 7> (multiplier)
+  factors = Reshape (wide_multiplier, per_channel)
+  offsets = Reshape (bias, per_channel)
+  two = Constant <value_int: int = 2> ()
+  bits = Constant <value_int: int = @shift> ()
+  unit = Pow (two, bits)
+  half = Div (unit, two)
+  scaled = Mul (wide_sums, factors)
+  shifted = Add (scaled, offsets)
+  rounded = Add (shifted, half)
+{added if residual else "  total = Identity (rounded)"}
+  low = Constant <value_int: int = @low> ()
+  high = Constant <value_int: int = @high> ()
+  unity = Constant <value_int: int = 1> ()
+  least = Mul (low, unit)
+  beyond = Add (high, unity)
+  above = Mul (beyond, unit)
+  most = Sub (above, unity)
+  clamped = Clip (total, least, most)
+  divided = Div (clamped, unit)
+  bytes = Cast <to: int = 2> (divided)
+{_block("bytes", "y")}"""

@@ -3,11 +3,15 @@
 Adders are ``ai.anncvt::AdderInteger2d``, everything else is in standard operators. Every tensor of the network is a
 value of the graph: ``NAME/integers`` what a step puts out, ``NAME/accumulator`` what its epilogue works on. What
 belongs to no step has a name that begins with a slash.
+
+Fused, an adder and its epilogue are one node whose accumulators are no value. Such nodes pass blocked tensors on to
+each other (``NAME/blocked``, see :mod:`anncvt.runtime.onnx_fused_body`); plain ones are made where others read them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,10 +23,13 @@ from anncvt.program import Preprocess, versions
 from anncvt.runtime.integer import Array, Epilogue, Step
 from anncvt.runtime.integer_network import INPUT, IntegerNetwork, verify
 from anncvt.runtime.onnx_body import DOMAIN, INTEGER_OP_TYPE, VERSION, adder_integer2d_function
+from anncvt.runtime.onnx_fused_body import LANES, integer_functions
 
 #: What torch's exporter writes, too; the oldest onnxruntime that is supported reads no newer one.
 IR_VERSION = 10
 BATCH = "batch"
+#: What the names of ops that change the layout of integers end with.
+KIND = "Integer"
 #: The sign of an int8 weight as an offset of a uint8 one: onnxruntime's products of uint8 and int8 may saturate.
 WEIGHT_ZERO = 128
 
@@ -32,13 +39,30 @@ def integers_of(name: str) -> str:
     return f"{name}/integers"
 
 
+def blocked_of(name: str) -> str:
+    """The value of a fused graph that holds a tensor of the network, ``[batch, ceil(C/16), H, W, 16]`` uint8."""
+    return f"{name}/blocked"
+
+
+def blocked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """``[C, H, W]`` in blocked layout, without the batch."""
+    return (-(-shape[0] // LANES), *shape[1:], LANES)
+
+
 def accumulator_of(name: str) -> str:
     """The value of the graph that holds a step's accumulators, ``[batch, C, H, W]`` int32."""
     return f"{name}/accumulator"
 
 
 def integer_model(
-    network: IntegerNetwork, preprocess: Preprocess, opset: int, body: str, image: str, logits: str
+    network: IntegerNetwork,
+    preprocess: Preprocess,
+    opset: int,
+    body: str,
+    image: str,
+    logits: str,
+    *,
+    fuse: bool = False,
 ) -> onnx_ir.Model:
     """The network from ``image`` (float32 ``[batch, C, H, W]``, normalised) to ``logits`` (float32).
 
@@ -48,28 +72,33 @@ def integer_model(
         AnncvtError: a sum of a layer may overflow.
     """
     verify(network)
-    graph = _Graph(opset)
-    _enter(graph, network, preprocess, image)
+    graph = _Graph(network, opset)
+    _enter(graph, preprocess, image)
     for step in network.steps:
-        inputs = [integers_of(name) for name in step.inputs]
         if step.epilogue is None:
-            _REARRANGING[step.op](graph, step, inputs[0])
+            _REARRANGING[step.op](graph, step, graph.plain(step.inputs[0]))
             graph.shaped(integers_of(step.name), TensorProto.UINT8, step.shape)
+        elif fuse and step.op == "adder" and _ends_in_bytes(step.epilogue):
+            _fused(graph, step, step.epilogue)
         else:
-            _ACCUMULATING[step.op](graph, network, step, inputs)
+            _ACCUMULATING[step.op](graph, step, [graph.plain(name) for name in step.inputs])
             _finish(graph, step, step.epilogue)
     last = network.steps[-1]
-    flat = graph.node("Flatten", [integers_of(last.name)], f"/{logits}/flat", axis=1)
+    flat = graph.node("Flatten", [graph.plain(last.name)], f"/{logits}/flat", axis=1)
     graph.node("DequantizeLinear", [flat, graph.constant(f"/{logits}/scale", np.float32(last.grid.scale))], logits)
     functions = [adder_integer2d_function(opset, body)] if any(s.op == "adder" for s in network.steps) else []
-    return onnx_ir.from_proto(graph.model(network, image, logits, functions))
+    if graph.layouts:
+        functions += integer_functions(opset)
+    return onnx_ir.from_proto(graph.model(image, logits, functions))
 
 
 class _Graph:
     """A graph while it grows."""
 
-    def __init__(self, opset: int) -> None:
-        self.opset = opset
+    def __init__(self, network: IntegerNetwork, opset: int) -> None:
+        self.network, self.opset = network, opset
+        #: Tensors of the network of which there is more than the plain value, and in which layouts there are.
+        self.layouts: dict[str, set[str]] = {}
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self.shapes: list[onnx.ValueInfoProto] = []
@@ -90,13 +119,37 @@ class _Graph:
         names = [self.constant(f"{output}/{name}", np.asarray(c, np.int64)) for name, c in constants.items()]
         return self.node(op, [value, *names], output)
 
+    def plain(self, name: str) -> str:
+        """The plain value of a tensor of the network."""
+        value, known = integers_of(name), self.layouts.get(name, {integers_of(name)})
+        if value not in known:
+            channels = self.network.step(name).shape[0]
+            self.node(f"Unblock{KIND}", [blocked_of(name)], value, DOMAIN, channels=channels)
+            self.shaped(value, TensorProto.UINT8, self.network.step(name).shape)
+            known.add(value)
+        return value
+
+    def blocked(self, name: str) -> str:
+        """The blocked value of a tensor of the network."""
+        value, known = blocked_of(name), self.layouts.setdefault(name, {integers_of(name)})
+        if value not in known:
+            shape = self.network.input_shape if name == INPUT else self.network.step(name).shape
+            self.in_blocks(integers_of(name), value, shape)
+            known.add(value)
+        return value
+
+    def in_blocks(self, plain: str, value: str, shape: Sequence[int]) -> str:
+        """A plain value of ``shape`` ``[C, H, W]`` as a blocked one."""
+        self.node(f"Block{KIND}", [plain], value, DOMAIN)
+        self.shaped(value, TensorProto.UINT8, blocked_shape(shape))
+        return value
+
     def shaped(self, value: str, element: int, shape: Sequence[int]) -> None:
         """State the type of a value, for whoever infers none through the op."""
         self.shapes.append(helper.make_tensor_value_info(value, element, [BATCH, *shape]))
 
-    def model(
-        self, network: IntegerNetwork, image: str, logits: str, functions: list[onnx.FunctionProto]
-    ) -> onnx.ModelProto:
+    def model(self, image: str, logits: str, functions: list[onnx.FunctionProto]) -> onnx.ModelProto:
+        network = self.network
         classes = network.steps[-1].shape[0]
         graph = helper.make_graph(
             self.nodes,
@@ -119,8 +172,9 @@ class _Graph:
         )
 
 
-def _enter(graph: _Graph, network: IntegerNetwork, preprocess: Preprocess, image: str) -> None:
+def _enter(graph: _Graph, preprocess: Preprocess, image: str) -> None:
     """Normalised floats -> the pixels they were -> the integers of the table."""
+    network = graph.network
     channels = network.input_shape[0]
     per_channel = (channels, 1, 1)
     std, mean = (
@@ -139,24 +193,96 @@ def _enter(graph: _Graph, network: IntegerNetwork, preprocess: Preprocess, image
     graph.shaped(integers_of(INPUT), TensorProto.UINT8, network.input_shape)
 
 
-def _adder(graph: _Graph, network: IntegerNetwork, step: Step, inputs: Sequence[str]) -> None:
-    assert step.weight is not None and step.filter_group is not None
-    groups = [at for at in range(len(inputs)) if (step.filter_group == at).any()]
+def _adder(graph: _Graph, step: Step, inputs: Sequence[str]) -> None:
     parts = []
-    for count, at in enumerate(groups, 1):
-        name = step.name if count == 1 else f"{step.name}:{count}"
-        weight = graph.constant(f"{name}/weight", step.weight[step.filter_group == at])
-        output = accumulator_of(step.name) if len(groups) == 1 else f"{name}/sums"
-        attributes = {**_window(step), "pad_value": step.pad_values[at]}
-        parts.append(graph.node(INTEGER_OP_TYPE, [inputs[at], weight], output, DOMAIN, name, **attributes))
+    for part in _parts(step):
+        weight = graph.constant(f"{part.name}/weight", part.weight)
+        output = accumulator_of(step.name) if part.alone else f"{part.name}/sums"
+        attributes = {**_window(step), "pad_value": part.pad_value}
+        parts.append(graph.node(INTEGER_OP_TYPE, [inputs[part.at], weight], output, DOMAIN, part.name, **attributes))
     if len(parts) > 1:
-        joined = graph.node("Concat", parts, f"{step.name}/joined", axis=1)
-        order = np.argsort(np.concatenate([np.flatnonzero(step.filter_group == at) for at in groups]))
-        places = graph.constant(f"{step.name}/order", order.astype(np.int64))
-        graph.node("Gather", [joined, places], accumulator_of(step.name), axis=1)
+        _join(graph, step, parts, accumulator_of(step.name))
 
 
-def _convolution(graph: _Graph, network: IntegerNetwork, step: Step, inputs: Sequence[str]) -> None:
+def _fused(graph: _Graph, step: Step, epilogue: Epilogue) -> None:
+    """An adder with its epilogue as one node, of each filter group; groups meet in plain layout."""
+    parts = []
+    for part in _parts(step):
+        shape = (len(part.filters), *step.shape[1:])
+        inputs = [graph.blocked(step.inputs[part.at])]
+        values = {
+            "weight": part.weight,
+            "multiplier": epilogue.multiplier[part.filters],
+            "bias": epilogue.bias[part.filters],
+        }
+        inputs += [graph.constant(f"{part.name}/{name}", value) for name, value in values.items()]
+        attributes = {**_window(step), "pad_value": part.pad_value, "shift": epilogue.shift}
+        attributes |= {"low": epilogue.low, "high": epilogue.high}
+        op = f"Fused{INTEGER_OP_TYPE}"
+        if step.residual is not None:
+            inputs.append(_residual(graph, step.residual, part))
+            op, attributes = f"{op}Residual", {**attributes, "residual_multiplier": epilogue.residual_multiplier}
+        output = blocked_of(step.name) if part.alone else f"{part.name}/part"
+        graph.node(op, inputs, output, DOMAIN, part.name, **attributes)
+        graph.shaped(output, TensorProto.UINT8, blocked_shape(shape))
+        if not part.alone:
+            output = graph.node(f"Unblock{KIND}", [output], f"{part.name}/plain", DOMAIN, channels=len(part.filters))
+            graph.shaped(output, TensorProto.UINT8, shape)
+        parts.append(output)
+    if len(parts) > 1:
+        _join(graph, step, parts, integers_of(step.name))
+        graph.shaped(integers_of(step.name), TensorProto.UINT8, step.shape)
+    graph.layouts[step.name] = {blocked_of(step.name) if len(parts) == 1 else integers_of(step.name)}
+
+
+def _residual(graph: _Graph, name: str, part: _Part) -> str:
+    """The channels that a part's filters add to, blocked."""
+    if part.alone:
+        return graph.blocked(name)
+    places = graph.constant(f"{part.name}/filters", part.filters.astype(np.int64))
+    chosen = graph.node("Gather", [graph.plain(name), places], f"{part.name}/residual", axis=1)
+    shape = (len(part.filters), *graph.network.step(name).shape[1:])
+    return graph.in_blocks(chosen, f"{part.name}/residual/blocked", shape)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The filters of an adder that read one of its inputs."""
+
+    name: str  # of the node
+    at: int  # which input
+    filters: Array  # which filters, ascending
+    weight: Array
+    pad_value: int
+    alone: bool  # whether these are all filters
+
+
+def _parts(step: Step) -> list[_Part]:
+    assert step.weight is not None and step.filter_group is not None
+    members = [np.flatnonzero(step.filter_group == at) for at in range(len(step.inputs))]
+    used = [at for at, filters in enumerate(members) if len(filters)]
+    return [
+        _Part(
+            step.name if count == 1 else f"{step.name}:{count}",
+            at,
+            members[at],
+            step.weight[members[at]],
+            step.pad_values[at],
+            len(used) == 1,
+        )
+        for count, at in enumerate(used, 1)
+    ]
+
+
+def _join(graph: _Graph, step: Step, values: list[str], output: str) -> None:
+    """The filters of all parts in the step's order."""
+    joined = graph.node("Concat", values, f"{step.name}/joined", axis=1)
+    order = np.argsort(np.concatenate([part.filters for part in _parts(step)]))
+    places = graph.constant(f"{step.name}/order", order.astype(np.int64))
+    graph.node("Gather", [joined, places], output, axis=1)
+
+
+def _convolution(graph: _Graph, step: Step, inputs: Sequence[str]) -> None:
     assert step.weight is not None
     weight = (step.weight.astype(np.int16) + WEIGHT_ZERO).astype(np.uint8)
     operands = [
@@ -168,7 +294,7 @@ def _convolution(graph: _Graph, network: IntegerNetwork, step: Step, inputs: Seq
     graph.node("ConvInteger", operands, accumulator_of(step.name), name=step.name, **_window(step))
 
 
-def _sum_pool(graph: _Graph, network: IntegerNetwork, step: Step, inputs: Sequence[str]) -> None:
+def _sum_pool(graph: _Graph, step: Step, inputs: Sequence[str]) -> None:
     """A convolution with ones, whose padding adds nothing; here it counts as the zero point, like every pixel."""
     channels, zero = step.shape[0], step.pad_values[0]
     operands = [
@@ -182,7 +308,7 @@ def _sum_pool(graph: _Graph, network: IntegerNetwork, step: Step, inputs: Sequen
     graph.node("Add", [centred, back], accumulator_of(step.name))
 
 
-def _rescale(graph: _Graph, network: IntegerNetwork, step: Step, inputs: Sequence[str]) -> None:
+def _rescale(graph: _Graph, step: Step, inputs: Sequence[str]) -> None:
     graph.node("Cast", inputs, accumulator_of(step.name), to=TensorProto.INT32)
 
 
@@ -199,7 +325,7 @@ def _finish(graph: _Graph, step: Step, epilogue: Epilogue) -> None:
     total = graph.arithmetic("Mul", total, f"{name}/scaled", multiplier=_column(epilogue.multiplier))
     total = graph.arithmetic("Add", total, f"{name}/shifted", bias=_column(epilogue.bias + half))
     if step.residual is not None:
-        residual = graph.node("Cast", [integers_of(step.residual)], f"{name}/residual", to=TensorProto.INT64)
+        residual = graph.node("Cast", [graph.plain(step.residual)], f"{name}/residual", to=TensorProto.INT64)
         residual = graph.arithmetic("Mul", residual, f"{name}/share", multiplier=epilogue.residual_multiplier)
         total = graph.node("Add", [total, residual], f"{name}/total")
     least, unit = epilogue.low << epilogue.shift, 1 << epilogue.shift
@@ -210,9 +336,13 @@ def _finish(graph: _Graph, step: Step, epilogue: Epilogue) -> None:
     total = graph.arithmetic("Div", total, f"{name}/divided", unit=unit)
     if least:
         total = graph.arithmetic("Add", total, f"{name}/placed", low=epilogue.low)
-    element = TensorProto.UINT8 if epilogue.low >= 0 and epilogue.high <= 255 else TensorProto.INT32
+    element = TensorProto.UINT8 if _ends_in_bytes(epilogue) else TensorProto.INT32
     graph.node("Cast", [total], integers_of(name), to=element)
     graph.shaped(integers_of(name), element, step.shape)
+
+
+def _ends_in_bytes(epilogue: Epilogue) -> bool:
+    return epilogue.low >= 0 and epilogue.high <= 255
 
 
 def _column(values: Array) -> Array:
@@ -258,7 +388,7 @@ def _window(step: Step) -> dict[str, Any]:
     }
 
 
-_ACCUMULATING: dict[str, Callable[[_Graph, IntegerNetwork, Step, Sequence[str]], None]] = {
+_ACCUMULATING: dict[str, Callable[[_Graph, Step, Sequence[str]], None]] = {
     "adder": _adder,
     "convolution": _convolution,
     "sum_pool": _sum_pool,

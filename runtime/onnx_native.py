@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 LIBRARY = "libanncvt_ort.so"
 FORMAT = 1
 SOURCES = Path(__file__).parent / "ort"
-#: Element type of the inputs of every op that the library has (numpy's names).
+#: Element type of the data and the weights of every op that the library has (numpy's names).
 OPS = {
     "Adder2d": "float32",
     "AdderInteger2d": "uint8",
@@ -37,6 +37,10 @@ OPS = {
     "FusedAdder2dResidual": "float32",
     "Block": "float32",
     "Unblock": "float32",
+    "FusedAdderInteger2d": "uint8",
+    "FusedAdderInteger2dResidual": "uint8",
+    "BlockInteger": "uint8",
+    "UnblockInteger": "uint8",
 }
 #: Of the linker: only what others call is visible, so that nothing of it meets TVM's own runtime in a process.
 _EXPORTS = "{ global: RegisterCustomOps; anncvt_compiled_calls; local: *; };\n"
@@ -142,10 +146,10 @@ def _layer(node: onnx.NodeProto, size: Sequence[int], weight: Sequence[int], fus
         "groups": groups,
         "blocked": not plain,
     }
-    if node.op_type == "AdderInteger2d":
-        return IntegerLayer("adder", **arguments, result="int32")
+    residual = node.op_type.endswith("Residual")
+    if "Integer" in node.op_type:
+        return IntegerLayer("adder", **arguments, result="uint8" if fused else "int32", residual=residual)
     activation = ("clamp", attributes["low"], attributes["high"]) if fused else ()
-    residual = node.op_type == "FusedAdder2dResidual"
     return Layer("max", 1, **arguments, activation=activation, residual=residual)
 
 

@@ -104,7 +104,7 @@ def _beyond(node: onnx.NodeProto, model: onnx.ModelProto, ops: dict[str, str]) -
     if node.op_type not in ops:
         return f"the library has no {node.op_type}"
     types = _types(model)
-    for name in node.input:
+    for name in node.input[:2]:  # the data and the weights
         if types.get(name):
             dtype = onnx.helper.tensor_dtype_to_np_dtype(types[name]).name
             if dtype != ops[node.op_type]:

@@ -13,11 +13,11 @@ from anncvt.runtime.integer import Array
 from anncvt.runtime.integer_network import IntegerNetwork, digest
 from anncvt.runtime.onnx import INPUT, session
 from anncvt.runtime.onnx import run as onnx_run
-from anncvt.runtime.onnx_integer import accumulator_of, integers_of
+from anncvt.runtime.onnx_integer import accumulator_of, blocked_of, integers_of
 
 
 class Trace(NamedTuple):
-    """By the names of the steps; accumulators of those that have one."""
+    """By the names of the steps; accumulators of those that have one that is not inside a fused node."""
 
     integers: dict[str, Array]
     accumulators: dict[str, Array]
@@ -46,22 +46,33 @@ def run(path: str | Path, network: IntegerNetwork, pixels: Array) -> Trace:
         )
     preprocess = Preprocess(**json.loads(told["anncvt.preprocess"]))
     images = normalise(torch.from_numpy(pixels), preprocess).numpy()
-    values = {integers_of(step.name) for step in network.steps}
-    values |= {accumulator_of(step.name) for step in network.steps if step.epilogue is not None}
-    found = _values(path, sorted(values), images, untouched.anncvt.library)
+    found = _values(path, network, images, untouched.anncvt.library)
+    integers = {}
+    for step in network.steps:
+        value = found.get(integers_of(step.name))
+        integers[step.name] = _plain(found[blocked_of(step.name)], step.shape[0]) if value is None else value
+    accumulators = {step.name: accumulator_of(step.name) for step in network.steps}
     return Trace(
-        {step.name: found[integers_of(step.name)] for step in network.steps},
-        {step.name: found[accumulator_of(step.name)] for step in network.steps if step.epilogue is not None},
+        integers,
+        {name: found[value] for name, value in accumulators.items() if value in found},
         onnx_run(untouched, images),
     )
 
 
-def _values(path: str | Path, names: list[str], images: Array, library: Path | None) -> dict[str, Array]:
-    """Computed by the same kernels that the file itself gets."""
+def _plain(blocked: Array, channels: int) -> Array:
+    """``[N, ceil(C/16), H, W, 16]`` as ``[N, C, H, W]``."""
+    planes = blocked.transpose(0, 1, 4, 2, 3)
+    return planes.reshape(len(planes), -1, *planes.shape[3:])[:, :channels]
+
+
+def _values(path: str | Path, network: IntegerNetwork, images: Array, library: Path | None) -> dict[str, Array]:
+    """All values of the steps that the graph has, computed by the same kernels that the file itself gets."""
     import onnx
 
     model = onnx.load(path)
     described = {value.name: value for value in model.graph.value_info}
+    of_steps = [of(step.name) for step in network.steps for of in (integers_of, blocked_of, accumulator_of)]
+    names = [name for name in of_steps if name in described]
     model.graph.output.extend(described[name] for name in names)
     with tempfile.TemporaryDirectory(prefix="anncvt-") as folder:
         onnx.save(model, Path(folder, "traced.onnx"))

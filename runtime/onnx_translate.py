@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 #: The lowest opset that torch's exporter writes; older ones are converted from it.
 EXPORTER_OPSET = 18
+#: Where operators wait that the converter shall leave alone.
+_HELD = f"{DOMAIN}.held"
 
 
 def translate(
@@ -57,20 +60,53 @@ def translate(
 
 
 def _lower(model: onnx_ir.Model, opset: int) -> onnx_ir.Model:
-    """Rewrite for an older opset; the op's body must not be there yet, the converter drops functions."""
-    from onnx import version_converter
+    """Rewrite for an older opset; the op's body must not be there yet, the converter drops functions.
 
-    for node in model.graph.all_nodes():
-        # Reductions got it with opset 18; the converter leaves it behind. 0 is its default.
-        if node.attributes.get_int("noop_with_empty_axes", 1) == 0:
-            node.attributes.pop("noop_with_empty_axes")
+    Raises:
+        AnncvtError: an operator does not exist there, by its name and the opset it needs.
+    """
+    from onnx import defs, version_converter
+
+    held = [node for node in model.graph.all_nodes() if _unchanged(node)]
+    for node in held:
+        node.domain = _HELD
+    model.opset_imports[_HELD] = VERSION
     try:
-        return onnx_ir.from_proto(version_converter.convert_version(onnx_ir.to_proto(model), opset))
+        lowered = onnx_ir.from_proto(version_converter.convert_version(onnx_ir.to_proto(model), opset))
     except (RuntimeError, ValueError) as error:
+        found = re.search(r"(?:for|of) (\w+)(?: exists)?\s*$", str(error))
+        what, needed = first_line(error), EXPORTER_OPSET
+        if found and defs.has(found[1]):
+            needed = defs.get_schema(found[1], EXPORTER_OPSET).since_version
+            what = f"{found[1]} needs opset {needed}"
         raise AnncvtError(
-            f"this network cannot be expressed in opset {opset}: {first_line(error)}",
-            fix=f"export with --opset {EXPORTER_OPSET} or above",
+            f"this network cannot be expressed in opset {opset}: {what}", fix=f"export with --opset {needed} or above"
         ) from error
+    for node in lowered.graph.all_nodes():
+        if node.domain == _HELD:
+            node.domain = ""
+    del lowered.opset_imports[_HELD]
+    return lowered
+
+
+def _unchanged(node: onnx_ir.Node) -> bool:
+    """Whether the converter cannot rewrite ``node`` for an older opset, but it means the same there as it stands.
+
+    Attributes that opset 18 brought and that say nothing are removed.
+    """
+    if node.domain not in ("", "ai.onnx"):
+        return False
+    # Reductions; 0 is its default, and the converter leaves it behind.
+    if node.attributes.get_int("noop_with_empty_axes", 1) == 0:
+        node.attributes.pop("noop_with_empty_axes")
+    if node.op_type == "Split" and "num_outputs" in node.attributes:
+        axis, shape = node.attributes.get_int("axis", 0), node.inputs[0].shape if node.inputs[0] else None
+        size = shape[axis] if shape is not None else None
+        if isinstance(size, int) and size % len(node.outputs) == 0:  # older ones split equally where nothing is said
+            node.attributes.pop("num_outputs")
+    if node.op_type == "Pad":
+        return len(node.inputs) < 4 or node.inputs[3] is None
+    return node.op_type == "Identity" or (node.op_type == "Split" and "num_outputs" not in node.attributes)
 
 
 def _torch_export(network: nn.Module, input_size: Sequence[int], opset: int, image: str, logits: str) -> ONNXProgram:

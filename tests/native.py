@@ -14,7 +14,12 @@ from onnx import TensorProto, helper, numpy_helper
 from anncvt.runtime.integer import Window
 from anncvt.runtime.onnx_body import DOMAIN, VERSION
 
-TYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "int32": TensorProto.INT32}
+TYPES = {
+    "float32": TensorProto.FLOAT,
+    "uint8": TensorProto.UINT8,
+    "int32": TensorProto.INT32,
+    "int64": TensorProto.INT64,
+}
 
 
 def attributes(window: Window, **more: float) -> dict[str, object]:

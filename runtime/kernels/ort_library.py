@@ -154,8 +154,9 @@ def _row(kernel: Kernel) -> str:
     deployment = Deployment.parse(kernel.level.target)
     layer = kernel.layer
     if isinstance(layer, IntegerLayer):
-        head = f"INTEGER_ADDER, {kernel.level.number}, {_geometry(layer)}, {int(layer.blocked)}, 0, 0, {{0, 0, 0, 0}}"
-        return f"{head}, {_panels(kernel.name, Plan.of(layer, deployment))}"
+        head = f"INTEGER_ADDER, {kernel.level.number}, {_geometry(layer)}, {int(layer.blocked)}, 0, 0"
+        end = f"{{{int(layer.result == 'uint8')}, {int(layer.residual)}, 0, 0, 0, 0}}"
+        return f"{head}, {end}, {_panels(kernel.name, Plan.of(layer, deployment))}"
     layer = _float_layer(layer, deployment)
     depth = layer.in_channels // layer.groups if layer.per_lane or not layer.blocked else LANES
     head = f"FLOAT_ADDER, {kernel.level.number}, {_geometry(layer)}, {int(layer.blocked)}"
@@ -173,9 +174,9 @@ def _geometry(layer: Layer | IntegerLayer) -> str:
 def _epilogue(layer: Layer) -> str:
     """``struct Epilogue``; only a fused layer has an activation."""
     if not layer.activation:
-        return "{0, 0, 0, 0}"
+        return "{0, 0, 0, 0, 0, 0}"
     _, low, high = layer.activation
-    return f"{{1, {int(layer.residual)}, {_float(low)}, {_float(high)}}}"
+    return f"{{1, {int(layer.residual)}, {_float(low)}, {_float(high)}, 0, 0}}"
 
 
 def _float(value: float) -> str:

@@ -42,7 +42,8 @@ const Compiled *find_compiled(int kind, const Layer *layer, const Epilogue *epil
     if (kernel->kind != kind || kernel->epilogue.fused != epilogue->fused ||
         kernel->epilogue.residual != epilogue->residual)
       continue;
-    if (epilogue->fused && (kernel->epilogue.low != epilogue->low || kernel->epilogue.high != epilogue->high)) continue;
+    if (kind == FLOAT_ADDER && (kernel->epilogue.low != epilogue->low || kernel->epilogue.high != epilogue->high))
+      continue;
     if (!same_layer(&kernel->layer, layer, !like)) continue;
     if (like ? kernel->level != like->level : !supported(kernel->level)) continue;
     if (!best || kernel->level > best->level) best = kernel;
@@ -50,7 +51,7 @@ const Compiled *find_compiled(int kind, const Layer *layer, const Epilogue *epil
   return best;
 }
 
-enum { MOST_ARGUMENTS = 6, MOST_DIMENSIONS = 6 };
+enum { MOST_ARGUMENTS = 7, MOST_DIMENSIONS = 6 };
 
 typedef struct {
   Tensor tensors[MOST_ARGUMENTS];
@@ -72,34 +73,38 @@ static void add(Call *call, const void *data, int code, int bits, int rank, cons
     add(&call, data, code, bits, (int)(sizeof shape_ / sizeof *shape_), shape_);          \
   } while (0)
 
-OrtStatus *call_compiled(const OrtKernelContext *context, const Compiled *kernel, const void *x, const char *constants,
-                         const void *residual, void *y) {
+OrtStatus *call_compiled(const OrtKernelContext *context, const Compiled *kernel, int64_t images, const void *x,
+                         const char *constants, const void *residual, void *y) {
   const Layer *layer = &kernel->layer;
   const Packing places = packing(kernel);
   const int64_t outputs = blocks(layer->outputs), height = out_height(layer), width = out_width(layer);
+  const int fused = kernel->epilogue.fused;
   const int code = kernel->kind == FLOAT_ADDER ? CODE_FLOAT : CODE_UINT, bits = kernel->kind == FLOAT_ADDER ? 32 : 8;
   Call call;
   call.count = 0;
   if (kernel->blocked)
-    ADD(x, code, bits, 1, blocks(layer->channels), layer->height, layer->width, LANES);
+    ADD(x, code, bits, images, blocks(layer->channels), layer->height, layer->width, LANES);
   else
-    ADD(x, code, bits, 1, layer->channels, layer->height, layer->width);
+    ADD(x, code, bits, images, layer->channels, layer->height, layer->width);
   if (kernel->kind == FLOAT_ADDER) {
     const int64_t cells = ceil_div(depth_of(layer), kernel->depth);
     ADD(constants + places.weight, code, bits, outputs, cells, layer->kernel[0], layer->kernel[1], kernel->depth, LANES);
     ADD(constants + places.first, code, bits, outputs + 1, LANES);
     ADD(constants + places.second, code, bits, outputs, LANES);
-    if (residual) ADD(residual, code, bits, 1, outputs, height, width, LANES);
-    ADD(y, code, bits, 1, outputs, height, width, LANES);
   } else {
     const Panels *panels = &kernel->panels;
     const int64_t all = layer->groups * panels->panels, lanes = panels->vectors * panels->lanes;
     ADD(constants + places.weight, code, bits, all, panels->cells, layer->kernel[0], layer->kernel[1],
         panels->cell / panels->group, lanes * panels->group);
     ADD(constants + places.first, CODE_INT, 32, all * lanes);
-    ADD(constants + places.second, CODE_INT, 32, 5);
-    ADD(y, CODE_INT, 32, 1, outputs, height, width, LANES);
+    if (fused) ADD(constants + places.second, CODE_INT, 64, all * lanes);
+    ADD(constants + places.third, CODE_INT, 32, 5);
   }
+  if (residual) ADD(residual, code, bits, images, outputs, height, width, LANES);
+  if (kernel->kind == INTEGER_ADDER && !fused)
+    ADD(y, CODE_INT, 32, images, outputs, height, width, LANES);
+  else
+    ADD(y, code, bits, images, outputs, height, width, LANES);
   Argument result = {0, 0, NULL};
   use_context(context);
   atomic_fetch_add(&calls, 1);

@@ -15,7 +15,7 @@ typedef struct {
   int64_t strides[2], pads[4], dilations[2], groups;
 } Layer;
 
-enum { FLOAT_ADDER, INTEGER_ADDER };
+enum { FLOAT_ADDER, INTEGER_ADDER }; /* an integer adder ends with int32 sums, fused with bytes */
 
 /* Weights of an integer kernel: [panels, cells, kh, kw, steps, vectors, group/together, lanes, together]. */
 typedef struct {
@@ -27,10 +27,13 @@ typedef struct {
   const int16_t *order;  /* output of each lane of a panel */
 } Panels;
 
-/* What a fused layer does with its sums: y = clip(scale * sum + shift + residual, low, high). */
+/* What a fused layer does with its sums: y = clip(scale * sum + shift + residual, low, high). Integers:
+   y = clip((multiplier * sum + bias + share * residual + 2^(bits-1)) >> bits, low, high), to which kernels are told the
+   numbers when they are called. */
 typedef struct {
   int fused, residual;
   float low, high;
+  int32_t bits, share;
 } Epilogue;
 
 /* A function compiled by TVM for one layer of one size and one instruction set. Generated. */
@@ -77,21 +80,30 @@ OrtStatus *unblock(const OrtKernelContext *context, const void *x, void *y, int6
 
 /* pack.c: bytes of packed constants, and packing; all of them in one piece of memory. */
 typedef struct {
-  size_t weight, first, second, bytes; /* places in the piece, and its size */
+  size_t weight, first, second, third, bytes; /* places in the piece, and its size */
 } Packing;
 Packing packing(const Compiled *kernel);
 void pack_float(const Compiled *kernel, const float *weight, const float *scale, const float *shift, char *memory);
-void pack_integer(const Compiled *kernel, const uint8_t *weight, uint8_t pad_value, char *memory);
+/* multiplier and bias: of a fused layer, else NULL. */
+void pack_integer(const Compiled *kernel, const uint8_t *weight, uint8_t pad_value, const int32_t *multiplier,
+                  const int64_t *bias, const Epilogue *end, char *memory);
 
 /* compiled.c: the best compiled kernel for a layer of any size on this processor, or the one for its size whose
-   constants are those of `like`, or NULL; calling it for one image. */
+   constants are those of `like`, or NULL; calling it, kernels of floats for one image only. */
 const Compiled *find_compiled(int kind, const Layer *layer, const Epilogue *epilogue, const Compiled *like);
-OrtStatus *call_compiled(const OrtKernelContext *context, const Compiled *kernel, const void *x, const char *constants,
-                         const void *residual, void *y);
+OrtStatus *call_compiled(const OrtKernelContext *context, const Compiled *kernel, int64_t images, const void *x,
+                         const char *constants, const void *residual, void *y);
 
 /* generic.c: any layer, plain tensors, one image. */
 OrtStatus *adder_float(const OrtKernelContext *context, const Layer *layer, const float *x, const float *weight, float *y);
 OrtStatus *adder_integer(const OrtKernelContext *context, const Layer *layer, const uint8_t *x, const uint8_t *weight,
                          uint8_t pad_value, int32_t *y);
+
+/* fuse.c: the end of a fused layer of one image in plain loops, from plain sums to blocked y; residual: blocked or NULL.
+   first and second: scale and shift, or multiplier and bias. */
+OrtStatus *fuse_float(const OrtKernelContext *context, const Layer *layer, const Epilogue *end, const void *sums,
+                      const void *first, const void *second, const void *residual, void *y);
+OrtStatus *fuse_integer(const OrtKernelContext *context, const Layer *layer, const Epilogue *end, const void *sums,
+                        const void *first, const void *second, const void *residual, void *y);
 
 #endif

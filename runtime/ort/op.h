@@ -4,14 +4,17 @@
 
 #include "layer.h"
 
-enum { ADDER, INTEGER, FUSED, FUSED_RESIDUAL, BLOCK, UNBLOCK, OPS };
+enum { ADDER, BLOCK, UNBLOCK }; /* what an op does */
 enum { MOST_RANK = 5 };
 
 typedef struct {
   OrtCustomOp callbacks; /* first: onnxruntime hands out a pointer to it */
-  int op, inputs, rank, type, result;
+  int op, fused, residual;
+  int inputs, rank, type, result; /* type: of x and y, and of the weights */
   const char *name;
 } Op;
+
+static inline int of_integers(const Op *op) { return op->type == TYPE_UINT8; }
 
 typedef struct {
   const Op *op;

@@ -83,28 +83,46 @@ static OrtStatus *read_window(const OrtKernelInfo *info, Layer *layer) {
   return check_window(layer);
 }
 
+static OrtStatus *read_within(const OrtKernelInfo *info, const char *name, int64_t low, int64_t high, int64_t *value) {
+  TRY(KernelInfoGetAttribute_int64(info, name, value));
+  return *value < low || *value > high ? refuse("ai.anncvt: shift must be 1 to 31, low and high within 0 to 255") : NULL;
+}
+
+static OrtStatus *read_integer_attributes(const OrtKernelInfo *info, Kernel *kernel) {
+  Epilogue *end = &kernel->epilogue;
+  int64_t value = 0, low, high;
+  OrtStatus *absent = KernelInfoGetAttribute_int64(info, "pad_value", &value);
+  if (absent) ReleaseStatus(absent);
+  if (value < 0 || value > 255) return refuse("ai.anncvt: pad_value must be 0 to 255");
+  kernel->pad_value = (uint8_t)value;
+  if (!end->fused) return NULL;
+  TRY(read_within(info, "shift", 1, 31, &value));
+  TRY(read_within(info, "low", 0, 255, &low));
+  TRY(read_within(info, "high", low, 255, &high));
+  end->bits = (int32_t)value;
+  end->low = (float)low;
+  end->high = (float)high;
+  if (!end->residual) return NULL;
+  TRY(KernelInfoGetAttribute_int64(info, "residual_multiplier", &value));
+  if (value < INT32_MIN || value > INT32_MAX) return refuse("ai.anncvt: residual_multiplier must fit 32 bits");
+  end->share = (int32_t)value;
+  return NULL;
+}
+
 static OrtStatus *read_attributes(const OrtKernelInfo *info, Kernel *kernel) {
-  const int op = kernel->op->op;
-  if (op == BLOCK) return NULL;
-  if (op == UNBLOCK) {
+  const Op *op = kernel->op;
+  if (op->op == BLOCK) return NULL;
+  if (op->op == UNBLOCK) {
     TRY(KernelInfoGetAttribute_int64(info, "channels", &kernel->channels));
     return positive(&kernel->channels, 1) ? NULL : refuse("ai.anncvt: channels must be positive");
   }
   TRY(read_window(info, &kernel->layer));
-  if (op == INTEGER) {
-    int64_t value = 0;
-    OrtStatus *absent = KernelInfoGetAttribute_int64(info, "pad_value", &value);
-    if (absent) ReleaseStatus(absent);
-    if (value < 0 || value > 255) return refuse("ai.anncvt: pad_value must be 0 to 255");
-    kernel->pad_value = (uint8_t)value;
-  }
-  if (op == FUSED || op == FUSED_RESIDUAL) {
-    kernel->epilogue.fused = 1;
-    kernel->epilogue.residual = op == FUSED_RESIDUAL;
-    TRY(KernelInfoGetAttribute_float(info, "low", &kernel->epilogue.low));
-    TRY(KernelInfoGetAttribute_float(info, "high", &kernel->epilogue.high));
-  }
-  return NULL;
+  kernel->epilogue.fused = op->fused;
+  kernel->epilogue.residual = op->residual;
+  if (of_integers(op)) return read_integer_attributes(info, kernel);
+  if (!op->fused) return NULL;
+  TRY(KernelInfoGetAttribute_float(info, "low", &kernel->epilogue.low));
+  return KernelInfoGetAttribute_float(info, "high", &kernel->epilogue.high);
 }
 
 /* Input `index` if it is a constant, else data NULL. */
@@ -119,18 +137,33 @@ static OrtStatus *constant(const OrtKernelInfo *info, size_t index, Input *input
 static OrtStatus *check_lanes(const Kernel *kernel, const Input *scale, const Input *shift) {
   if (scale->rank != 1 || shift->rank != 1 || scale->dimensions[0] != kernel->layer.outputs ||
       shift->dimensions[0] != kernel->layer.outputs)
-    return refuse("ai.anncvt: scale and shift must be [O]");
+    return refuse("ai.anncvt: what a fused adder has for each filter must be [O]");
   return NULL;
 }
 
-static int kind_of(const Kernel *kernel) { return kernel->op->op == INTEGER ? INTEGER_ADDER : FLOAT_ADDER; }
+static int kind_of(const Kernel *kernel) { return of_integers(kernel->op) ? INTEGER_ADDER : FLOAT_ADDER; }
 
 static void pack(const Kernel *kernel, const Compiled *compiled, const Input *inputs, char *memory) {
-  if (kernel->op->op == INTEGER)
-    pack_integer(compiled, inputs[1].data, kernel->pad_value, memory);
+  const int fused = kernel->epilogue.fused;
+  const void *first = fused ? inputs[2].data : NULL, *second = fused ? inputs[3].data : NULL;
+  if (of_integers(kernel->op))
+    pack_integer(compiled, inputs[1].data, kernel->pad_value, first, second, &kernel->epilogue, memory);
   else
-    pack_float(compiled, inputs[1].data, kernel->epilogue.fused ? inputs[2].data : NULL,
-               kernel->epilogue.fused ? inputs[3].data : NULL, memory);
+    pack_float(compiled, inputs[1].data, first, second, memory);
+}
+
+/* Whether what a fused integer layer shifts certainly fits 32 bits after the shift: compiled kernels keep no more. */
+static int narrow(const Kernel *kernel, const Layer *layer, const Input *inputs) {
+  const Epilogue *end = &kernel->epilogue;
+  double multiplier = 0, bias = 0;
+  if (!end->fused || !of_integers(kernel->op)) return 1;
+  for (int64_t o = 0; o < layer->outputs; ++o) {
+    multiplier = fmax(multiplier, fabs((double)((const int32_t *)inputs[2].data)[o]));
+    bias = fmax(bias, fabs((double)((const int64_t *)inputs[3].data)[o]));
+  }
+  /* Kernels that sum up maxima have twice the sums on the way. */
+  const double total = 2 * 255 * multiplier * taps_of(layer) + bias + 255 * fabs((double)end->share);
+  return ldexp(total, -end->bits) + 1 < INT32_MAX - 1;
 }
 
 /* Weights that never change are packed once. */
@@ -144,7 +177,8 @@ static OrtStatus *prepare(const OrtKernelInfo *info, Kernel *kernel) {
   }
   TRY(take_weight(&inputs[1], &kernel->layer));
   if (kernel->epilogue.fused) TRY(check_lanes(kernel, &inputs[2], &inputs[3]));
-  kernel->compiled = find_compiled(kind_of(kernel), &kernel->layer, &kernel->epilogue, NULL);
+  if (narrow(kernel, &kernel->layer, inputs))
+    kernel->compiled = find_compiled(kind_of(kernel), &kernel->layer, &kernel->epilogue, NULL);
   if (!kernel->compiled) return NULL;
   kernel->constants = aligned_alloc(ALIGNMENT, packing(kernel->compiled).bytes);
   if (!kernel->constants) return no_memory();
@@ -164,7 +198,7 @@ OrtStatus *create(const OrtCustomOp *callbacks, OrtApi *api, const OrtKernelInfo
   if (!kernel) return no_memory();
   kernel->op = (const Op *)callbacks;
   OrtStatus *status = read_attributes(info, kernel);
-  if (!status && kernel->op->op < BLOCK) status = prepare(info, kernel);
+  if (!status && kernel->op->op == ADDER) status = prepare(info, kernel);
   if (status)
     destroy(kernel);
   else
@@ -203,66 +237,38 @@ typedef struct {
   const Input *inputs;
 } Call;
 
-static void fuse(void *data, size_t task);
-
-typedef struct {
-  const Call *call;
-  const float *residual;
-  float *y;
-} Fusion;
-
 static OrtStatus *compute_image(const Call *call, const char *x, const char *residual, char *y) {
   const Layer *layer = &call->layer;
   const Kernel *kernel = call->kernel;
   const OrtKernelContext *context = call->context;
   if (call->compiled) {
     if (kernel->epilogue.fused)
-      return call_compiled(context, call->compiled, x, call->constants, residual, y);
+      return call_compiled(context, call->compiled, 1, x, call->constants, residual, y);
     if (call->compiled->blocked)
       TRY(block(context, x, call->in, layer->channels, call->in_pixels, call->bytes));
     else if (call->in)
       memcpy(call->in, x, layer->channels * call->in_pixels * call->bytes);
-    TRY(call_compiled(context, call->compiled, call->in ? call->in : x, call->constants, NULL, call->out));
+    TRY(call_compiled(context, call->compiled, 1, call->in ? call->in : x, call->constants, NULL, call->out));
     return unblock(context, call->out, y, layer->outputs, call->out_pixels, 4);
   }
-  if (kernel->op->op == INTEGER)
-    return adder_integer(context, layer, (const uint8_t *)x, call->inputs[1].data, kernel->pad_value, (int32_t *)y);
-  if (!kernel->epilogue.fused)
-    return adder_float(context, layer, (const float *)x, call->inputs[1].data, (float *)y);
-  TRY(unblock(context, x, call->in, layer->channels, call->in_pixels, 4));
-  TRY(adder_float(context, layer, call->in, call->inputs[1].data, call->out));
-  Fusion fusion = {call, (const float *)residual, (float *)y};
-  return parallel(context, blocks(layer->outputs), fuse, &fusion);
-}
-
-/* The end of a fused layer in plain loops: 16 channels of plain sums to the blocked result. */
-static void fuse(void *data, size_t task) {
-  const Fusion *fusion = data;
-  const Call *call = fusion->call;
-  const Epilogue *end = &call->kernel->epilogue;
-  const int64_t pixels = call->out_pixels, base = (int64_t)task * pixels * LANES;
-  for (int64_t lane = 0; lane < LANES; ++lane) {
-    const int64_t o = (int64_t)task * LANES + lane;
-    const int inside = o < call->layer.outputs;
-    const float scale = inside ? ((const float *)call->inputs[2].data)[o] : 0;
-    const float shift = inside ? ((const float *)call->inputs[3].data)[o] : 0;
-    const float *sums = (const float *)call->out + o * pixels;
-    for (int64_t p = 0; p < pixels; ++p) {
-      const int64_t at = base + p * LANES + lane;
-      float value = 0;
-      if (inside) {
-        value = scale * sums[p] + shift + (fusion->residual ? fusion->residual[at] : 0);
-        value = value < end->low ? end->low : value > end->high ? end->high : value;
-      }
-      fusion->y[at] = value;
-    }
-  }
+  const int integers = of_integers(kernel->op), fused = kernel->epilogue.fused;
+  const void *plain = fused ? call->in : x, *weight = call->inputs[1].data;
+  void *sums = fused ? call->out : y;
+  if (fused) TRY(unblock(context, x, call->in, layer->channels, call->in_pixels, call->bytes));
+  if (integers)
+    TRY(adder_integer(context, layer, plain, weight, kernel->pad_value, sums));
+  else
+    TRY(adder_float(context, layer, plain, weight, sums));
+  if (!fused) return NULL;
+  return (integers ? fuse_integer : fuse_float)(context, layer, &kernel->epilogue, sums, call->inputs[2].data,
+                                                call->inputs[3].data, residual, y);
 }
 
 /* The compiled kernel of the call and its constants, if there is one for this size. */
 static OrtStatus *choose(Call *call, Scratch *scratch) {
   const Kernel *kernel = call->kernel;
   const Compiled *like = kernel->compiled;
+  if (!like && !narrow(kernel, &call->layer, call->inputs)) return NULL;
   if (!like) like = find_compiled(kind_of(kernel), &call->layer, &kernel->epilogue, NULL);
   if (like) call->compiled = find_compiled(kind_of(kernel), &call->layer, &kernel->epilogue, like);
   if (!call->compiled) return NULL;
@@ -323,15 +329,17 @@ static OrtStatus *run_adder(Call *call, OrtKernelContext *context, Scratch *scra
   TRY(GetTensorMutableData(value, (void **)&y));
   call->in_pixels = layer->height * layer->width;
   call->out_pixels = height * width;
-  call->bytes = kernel->op->type == TYPE_UINT8 ? 1 : 4;
+  call->bytes = of_integers(kernel->op) ? 1 : 4;
   TRY(choose(call, scratch));
   const int64_t in_step = (fused ? blocks(layer->channels) * LANES : layer->channels) * call->in_pixels * call->bytes;
-  const int64_t out_step = (fused ? blocks(layer->outputs) * LANES : layer->outputs) * call->out_pixels * 4;
+  const int64_t out_bytes = kernel->op->result == TYPE_UINT8 ? 1 : 4;
+  const int64_t out_step = (fused ? blocks(layer->outputs) * LANES : layer->outputs) * call->out_pixels * out_bytes;
   const char *x = inputs[0].data, *residual = kernel->epilogue.residual ? inputs[4].data : NULL;
-  const int aligned = is_aligned(x) && (images == 1 || in_step % ALIGNMENT == 0);
   /* Only buffers of a caller are less aligned than compiled kernels need. */
-  if (fused && !(aligned && is_aligned(y) && is_aligned(residual))) call->compiled = NULL;
-  TRY(memory_for(call, scratch, aligned));
+  if (fused && !(is_aligned(x) && is_aligned(y) && is_aligned(residual))) call->compiled = NULL;
+  if (fused && call->compiled && of_integers(kernel->op) && images)
+    return call_compiled(context, call->compiled, images, x, call->constants, residual, y);
+  TRY(memory_for(call, scratch, is_aligned(x) && (images == 1 || in_step % ALIGNMENT == 0)));
   for (int64_t image = 0; image < images; ++image)
     TRY(compute_image(call, x + image * in_step, residual ? residual + image * out_step : NULL, y + image * out_step));
   return NULL;
@@ -346,14 +354,15 @@ static OrtStatus *change_layout(const Kernel *kernel, OrtKernelContext *context,
   if (!to_blocks && size[1] != blocks(channels)) return refuse("ai.anncvt: Unblock has other channels than x");
   const int64_t shape[] = {size[0], to_blocks ? blocks(channels) : channels, size[2], size[3], LANES};
   OrtValue *value;
-  float *y;
+  char *y;
   TRY(KernelContext_GetOutput(context, 0, shape, to_blocks ? 5 : 4, &value));
   TRY(GetTensorMutableData(value, (void **)&y));
-  const int64_t plain = channels * pixels, blocked = blocks(channels) * LANES * pixels;
+  const int bytes = of_integers(kernel->op) ? 1 : 4;
+  const int64_t plain = channels * pixels * bytes, blocked = blocks(channels) * LANES * pixels * bytes;
   for (int64_t image = 0; image < size[0]; ++image) {
-    const float *from = (const float *)x->data + image * (to_blocks ? plain : blocked);
-    float *to = y + image * (to_blocks ? blocked : plain);
-    TRY((to_blocks ? block : unblock)(context, from, to, channels, pixels, 4));
+    const char *from = (const char *)x->data + image * (to_blocks ? plain : blocked);
+    char *to = y + image * (to_blocks ? blocked : plain);
+    TRY((to_blocks ? block : unblock)(context, from, to, channels, pixels, bytes));
   }
   return NULL;
 }
@@ -366,7 +375,7 @@ OrtStatus *compute(void *memory, OrtKernelContext *context) {
     TRY(KernelContext_GetInput(context, i, &value));
     TRY(describe(value, &inputs[i]));
   }
-  if (kernel->op->op >= BLOCK) return change_layout(kernel, context, inputs);
+  if (kernel->op->op != ADDER) return change_layout(kernel, context, inputs);
   Scratch scratch = {{NULL}, 0};
   Call call;
   memset(&call, 0, sizeof call);

@@ -11,7 +11,7 @@
 enum { API_VERSION = 17 };
 
 /* ONNXTensorElementDataType */
-enum { TYPE_FLOAT = 1, TYPE_UINT8 = 2, TYPE_INT32 = 6 };
+enum { TYPE_FLOAT = 1, TYPE_UINT8 = 2, TYPE_INT32 = 6, TYPE_INT64 = 7 };
 /* OrtErrorCode */
 enum { FAILED = 1, INVALID_ARGUMENT = 2 };
 /* OrtOpAttrType */

@@ -16,7 +16,7 @@ static int64_t panel_lanes(const Compiled *kernel) {
 Packing packing(const Compiled *kernel) {
   const Layer *layer = &kernel->layer;
   const int64_t window = layer->kernel[0] * layer->kernel[1], lanes = blocks(layer->outputs) * LANES;
-  size_t weight, first, second;
+  size_t weight, first, second, third = 0;
   if (kernel->kind == FLOAT_ADDER) {
     const int64_t depth = kernel->depth;
     weight = lanes * ceil_div(depth_of(layer), depth) * depth * window * sizeof(float);
@@ -25,10 +25,12 @@ Packing packing(const Compiled *kernel) {
   } else {
     weight = panel_lanes(kernel) * kernel->panels.cells * kernel->panels.cell * window;
     first = panel_lanes(kernel) * sizeof(int32_t);
-    second = PARAMETERS * sizeof(int32_t);
+    second = kernel->epilogue.fused ? panel_lanes(kernel) * sizeof(int64_t) : 0;
+    third = PARAMETERS * sizeof(int32_t);
   }
-  Packing places = {0, aligned(weight), aligned(weight) + aligned(first), 0};
-  places.bytes = places.second + aligned(second);
+  Packing places = {0, aligned(weight), aligned(weight) + aligned(first), 0, 0};
+  places.third = places.second + aligned(second);
+  places.bytes = places.third + aligned(third);
   return places;
 }
 
@@ -55,7 +57,8 @@ void pack_float(const Compiled *kernel, const float *weight, const float *scale,
   for (int lane = 0; lane < LANES; ++lane) scales[outputs * LANES + lane] = 2; /* 2 max(x, w) - x - w = |x - w| */
 }
 
-void pack_integer(const Compiled *kernel, const uint8_t *weight, uint8_t pad_value, char *memory) {
+void pack_integer(const Compiled *kernel, const uint8_t *weight, uint8_t pad_value, const int32_t *multiplier,
+                  const int64_t *bias, const Epilogue *end, char *memory) {
   const Layer *layer = &kernel->layer;
   const Panels *panels = &kernel->panels;
   const Packing places = packing(kernel);
@@ -63,9 +66,11 @@ void pack_integer(const Compiled *kernel, const uint8_t *weight, uint8_t pad_val
   const int64_t filters = layer->outputs / layer->groups, width = panels->vectors * panels->lanes;
   const int64_t steps = panels->cell / panels->group, parts = panels->group / panels->together;
   uint8_t *packed = (uint8_t *)(memory + places.weight);
-  int32_t *base = (int32_t *)(memory + places.first);
+  int32_t *first = (int32_t *)(memory + places.first); /* the multiplier, or what is missing to the sums */
+  int64_t *offset = (int64_t *)(memory + places.second);
+  const int32_t parameters[PARAMETERS] = {pad_value, end->bits, (int32_t)end->low, (int32_t)end->high, end->share};
   memset(memory, 0, places.bytes);
-  *(int32_t *)(memory + places.second) = pad_value;
+  memcpy(memory + places.third, parameters, sizeof parameters);
   for (int64_t panel = 0; panel < layer->groups * panels->panels; ++panel)
     for (int64_t lane = 0; lane < width; ++lane) {
       const int64_t filter = panel % panels->panels * width + panels->order[lane];
@@ -81,6 +86,9 @@ void pack_integer(const Compiled *kernel, const uint8_t *weight, uint8_t pad_val
           packed[at * panels->together + in_step % panels->together] = row[c * window + k];
           sum += row[c * window + k];
         }
-      base[panel * width + lane] = panels->maxima ? sum : 0;
+      const int64_t at = panel * width + lane, o = panel / panels->panels * filters + filter;
+      if (!panels->maxima) sum = 0;
+      first[at] = multiplier ? multiplier[o] : sum;
+      if (multiplier) offset[at] = bias[o] + (int64_t)sum * multiplier[o] + (1ll << (end->bits - 1));
     }
 }

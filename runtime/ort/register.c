@@ -5,6 +5,8 @@
    Block(x), Unblock(x) <channels>                   float, [N, C, H, W] <-> [N, ceil(C/16), H, W, 16]
    FusedAdder2d(x, w, scale, shift)                  float, blocked: clip(scale * adder + shift, low, high)
    FusedAdder2dResidual(x, w, scale, shift, residual)  the same with a blocked residual added before the clip
+   BlockInteger, UnblockInteger, FusedAdderInteger2d(x, w, multiplier, bias), FusedAdderInteger2dResidual(..., residual)
+                                                     the same of uint8, requantised in int64
 
    The definitions in standard operators are what anncvt writes into a model. */
 #include <pthread.h>
@@ -17,26 +19,36 @@ static const char *name_of(const OrtCustomOp *op) { return ((const Op *)op)->nam
 static const char *provider_of(const OrtCustomOp *op) { return (void)op, NULL; }
 static size_t inputs_of(const OrtCustomOp *op) { return (size_t)((const Op *)op)->inputs; }
 static size_t outputs_of(const OrtCustomOp *op) { return (void)op, (size_t)1; }
-static int type_of(const OrtCustomOp *op, size_t index) { return (void)index, ((const Op *)op)->type; }
+static int type_of(const OrtCustomOp *callbacks, size_t index) {
+  const Op *op = (const Op *)callbacks;
+  if (op->fused && of_integers(op) && index == 2) return TYPE_INT32; /* multiplier */
+  if (op->fused && of_integers(op) && index == 3) return TYPE_INT64; /* bias */
+  return op->type;
+}
 static int result_of(const OrtCustomOp *op, size_t index) { return (void)index, ((const Op *)op)->result; }
 static int required(const OrtCustomOp *op, size_t index) { return (void)op, (void)index, 0; }
 static int one(const OrtCustomOp *op) { return (void)op, 1; }
 
-#define OP(op, name, inputs, rank, type, result)                                                                    \
+#define OP(op, fused, residual, name, inputs, rank, type, result)                                                                    \
   {                                                                                                                 \
     {API_VERSION, NULL,     name_of,  provider_of, type_of, inputs_of, result_of, outputs_of, NULL,    destroy, required, \
      required,    required, one,      one,         one,     one,       create,    compute,    infer,   one,     one},     \
-        op, inputs, rank, type, result, name                                                                        \
+        op, fused, residual, inputs, rank, type, result, name                                                                        \
   }
 
-static const Op ops[OPS] = {
-    OP(ADDER, "Adder2d", 2, 4, TYPE_FLOAT, TYPE_FLOAT),
-    OP(INTEGER, "AdderInteger2d", 2, 4, TYPE_UINT8, TYPE_INT32),
-    OP(FUSED, "FusedAdder2d", 4, 5, TYPE_FLOAT, TYPE_FLOAT),
-    OP(FUSED_RESIDUAL, "FusedAdder2dResidual", 5, 5, TYPE_FLOAT, TYPE_FLOAT),
-    OP(BLOCK, "Block", 1, 4, TYPE_FLOAT, TYPE_FLOAT),
-    OP(UNBLOCK, "Unblock", 1, 5, TYPE_FLOAT, TYPE_FLOAT),
+static const Op ops[] = {
+    OP(ADDER, 0, 0, "Adder2d", 2, 4, TYPE_FLOAT, TYPE_FLOAT),
+    OP(ADDER, 0, 0, "AdderInteger2d", 2, 4, TYPE_UINT8, TYPE_INT32),
+    OP(ADDER, 1, 0, "FusedAdder2d", 4, 5, TYPE_FLOAT, TYPE_FLOAT),
+    OP(ADDER, 1, 1, "FusedAdder2dResidual", 5, 5, TYPE_FLOAT, TYPE_FLOAT),
+    OP(ADDER, 1, 0, "FusedAdderInteger2d", 4, 5, TYPE_UINT8, TYPE_UINT8),
+    OP(ADDER, 1, 1, "FusedAdderInteger2dResidual", 5, 5, TYPE_UINT8, TYPE_UINT8),
+    OP(BLOCK, 0, 0, "Block", 1, 4, TYPE_FLOAT, TYPE_FLOAT),
+    OP(BLOCK, 0, 0, "BlockInteger", 1, 4, TYPE_UINT8, TYPE_UINT8),
+    OP(UNBLOCK, 0, 0, "Unblock", 1, 5, TYPE_FLOAT, TYPE_FLOAT),
+    OP(UNBLOCK, 0, 0, "UnblockInteger", 1, 5, TYPE_UINT8, TYPE_UINT8),
 };
+enum { OPS = sizeof ops / sizeof *ops };
 
 static pthread_mutex_t registering = PTHREAD_MUTEX_INITIALIZER;
 static OrtCustomOpDomain *domain; /* as long as the process: sessions refer to it */

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tiny import SIZE, tiny_images, tiny_program
 
 from anncvt.errors import AnncvtError
 from anncvt.passes.quantize import quantize
-from anncvt.runtime import contestants, onnx
+from anncvt.runtime import contestants, integer_network, onnx, onnx_native
 from anncvt.runtime.bench import bench
 
 needs_tvm = pytest.mark.skipif(importlib.util.find_spec("tvm") is None, reason="TVM is not installed")
@@ -73,6 +74,19 @@ def test_files_of_the_folder_are_timed_and_the_time_limit_keeps_one_burst(tmp_pa
     assert names[2:5] == [("student", "tvm", "float32"), ("student", "tvm", "int8"), ("teacher", "tvm", "float32")]
     assert {row["runs"] for row in result["rows"]} == {3}
     assert not result["missing"]
+
+
+@needs_tvm
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_exported_files_are_timed_on_the_definitions_and_in_the_native_library(tmp_path):
+    program = tiny_program(tmp_path)
+    integer_network.save(quantize(program, tiny_images()), tmp_path)
+    onnx.export(program, tmp_path / "model.onnx")
+    onnx.export_integers(program, tmp_path / "model.int8.onnx", fuse=True)
+    onnx_native.build([], tmp_path / onnx_native.LIBRARY, target="cpu")
+    rows = bench(program, threads=1, repeats=1, seconds=1e-6)["rows"]
+    exported = [(row["backend"], row["dtype"]) for row in rows if row["network"] == "student"][1:]
+    assert exported == [(b, d) for d in ("float32", "int8") for b in ("onnxruntime", "onnxruntime native")]
 
 
 def test_the_quantised_teacher_computes_in_integers_what_it_did_in_floats(tmp_path):

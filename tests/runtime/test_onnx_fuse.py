@@ -170,6 +170,18 @@ def test_opsets(tmp_path, opset):
     assert_near(run(session(path), x), expected_of(network, x))
 
 
+def test_a_body_without_control_flow(tmp_path):
+    """Fused adders are defined by the adder, whichever way that is."""
+    torch.manual_seed(0)
+    network = settled(nn.Sequential(AdderConv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten()))
+    path = export_network(network, SIZE, tmp_path / "model.onnx", body="one", fuse=True)
+    functions = onnx.load(path).functions
+    assert "FusedAdder2d" in {function.name for function in functions}
+    assert not {node.op_type for function in functions for node in function.node} & {"Loop", "Scan", "If"}
+    x = images_of(SIZE)
+    assert_near(run(session(path), x), expected_of(network, x))
+
+
 def test_a_network_without_adders_is_left_alone(tmp_path):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()).eval()
     path = export_network(network, SIZE, tmp_path / "model.onnx", fuse=True)

@@ -58,12 +58,13 @@ def expected(network: IntegerNetwork) -> np.ndarray:
     return integer_network.run(network, PIXELS) * np.float32(network.steps[-1].grid.scale)
 
 
-def assert_equal_at_every_step(path, network, pixels):
+def assert_equal_at_every_step(path, network, pixels, *, fused=False):
     trace = onnx_trace.run(path, network, pixels)
+    assert set(trace.accumulators) == {s.name for s in network.steps if s.epilogue and not (fused and s.op == "adder")}
 
     def compare(step, output, accumulators):
         np.testing.assert_array_equal(trace.integers[step.name], output, step.name, strict=True)
-        if accumulators is not None:
+        if step.name in trace.accumulators:
             np.testing.assert_array_equal(trace.accumulators[step.name], accumulators, step.name, strict=True)
 
     logits = integer_network.run(network, pixels, compare)
@@ -71,17 +72,19 @@ def assert_equal_at_every_step(path, network, pixels):
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_onnxruntime_equals_the_reference_at_every_step(program, body, tmp_path):
-    path = export_integers(program, tmp_path / "model.onnx", body=body)
+@pytest.mark.parametrize("fused", [False, True], ids=["adders", "fused adders"])
+def test_onnxruntime_equals_the_reference_at_every_step(program, body, fused, tmp_path):
+    path = export_integers(program, tmp_path / "model.onnx", body=body, fuse=fused)
     network = integer_network.load(program.folder)
-    assert_equal_at_every_step(path, network, PIXELS)
+    assert_equal_at_every_step(path, network, PIXELS, fused=fused)
     x = images(program)
     for batch in (1, 2):
         np.testing.assert_array_equal(run(session(path), x[:batch]), expected(network)[:batch])
 
 
-def test_reference_evaluator_equals_the_reference(program, tmp_path):
-    model = onnx.load(export_integers(program, tmp_path / "model.onnx"))
+@pytest.mark.parametrize("fused", [False, True], ids=["adders", "fused adders"])
+def test_reference_evaluator_equals_the_reference(program, fused, tmp_path):
+    model = onnx.load(export_integers(program, tmp_path / "model.onnx", fuse=fused))
     found = ReferenceEvaluator(model).run(None, {"image": images(program)})[0]
     np.testing.assert_array_equal(found, expected(integer_network.load(program.folder)))
 
@@ -108,6 +111,26 @@ def test_structure(program, tmp_path):
     assert [node.op_type for node in model.graph.node].count("QuantizeLinear") == 1
     assert [node.op_type for node in model.graph.node].count("DequantizeLinear") == 1
     assert [(f.domain, f.name) for f in model.functions] == [(DOMAIN, INTEGER_OP_TYPE)]
+
+
+def test_structure_of_fused_adders(program, tmp_path):
+    """One node for each filter group of an adder, blocked from one to the next."""
+    path = export_integers(program, tmp_path / "model.onnx", fuse=True)
+    assert export_integers(program, tmp_path / "again.onnx", fuse=True).read_bytes() == path.read_bytes()
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    made_by = {node.output[0]: node for node in model.graph.node}
+    fused = [node for node in model.graph.node if node.op_type.startswith("Fused")]
+    adders = [step for step in integer_network.load(program.folder).steps if step.op == "adder"]
+    assert len(fused) == sum(len(step.inputs) for step in adders)
+    assert sum(node.op_type.endswith("Residual") for node in fused) == sum(
+        len(step.inputs) for step in adders if step.residual
+    )
+    for node in fused:
+        assert {made_by[name].op_type for name in (node.input[0], *node.input[4:])} <= {
+            "BlockInteger", "FusedAdderInteger2d", "FusedAdderInteger2dResidual",
+        }  # fmt: skip
 
 
 def test_metadata_of_the_integers(program, tmp_path):
@@ -142,21 +165,27 @@ def inverted(tmp_path_factory):
 
 @pytest.mark.parametrize("opset", OPSETS)
 def test_every_opset(inverted, opset, tmp_path):
-    path = export_integers(inverted, tmp_path / "model.onnx", opset=opset)
+    path = export_integers(inverted, tmp_path / "model.onnx", opset=opset, fuse=opset % 2 == 0)
     assert {o.domain: o.version for o in onnx.load(path).opset_import} == {"": opset, DOMAIN: 1}
     found = run(session(path), images(inverted))
     np.testing.assert_array_equal(found, expected(integer_network.load(inverted.folder)))
 
 
-def test_the_native_library_equals_the_reference_at_every_step(inverted, tmp_path):
-    """In its plain loops, which take any layer."""
+@pytest.fixture(scope="module")
+def loops(tmp_path_factory):
+    """A native library without compiled kernels: plain loops take any layer."""
     pytest.importorskip("tvm")
     if shutil.which("cc") is None:
         pytest.skip("no C compiler (cc) here")
-    path = export_integers(inverted, tmp_path / "model.onnx")
-    onnx_native.build([], tmp_path / onnx_native.LIBRARY, target="cpu")
+    return onnx_native.build([], tmp_path_factory.mktemp("loops") / onnx_native.LIBRARY, target="cpu")
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["adders", "fused adders"])
+def test_the_native_library_equals_the_reference_at_every_step(program, loops, fused, tmp_path):
+    path = export_integers(program, tmp_path / "model.onnx", fuse=fused)
+    shutil.copy(loops, tmp_path)
     assert session(path).anncvt.native
-    assert_equal_at_every_step(path, integer_network.load(inverted.folder), PIXELS)
+    assert_equal_at_every_step(path, integer_network.load(program.folder), PIXELS, fused=fused)
 
 
 def test_large_weights_go_beside_the_model(inverted, tmp_path, monkeypatch):

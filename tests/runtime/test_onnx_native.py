@@ -1,5 +1,6 @@
 """The native library of onnxruntime against the float64 and the integer reference."""
 
+import dataclasses
 import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from parity import Case, cases
 from anncvt.errors import AnncvtError
 from anncvt.runtime import integer, onnx_native, reference
 from anncvt.runtime.geometry import expand_padding
-from anncvt.runtime.integer import Window
+from anncvt.runtime.integer import Epilogue, Window
 from anncvt.runtime.kernels import ort_library
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -36,6 +37,8 @@ LAYERS = [
 #: What the fused kernels of the library are for: bounds and residual.
 FUSED = [((0.0, math.inf), True), ((0.5, 1.0), False)]
 FUSED_CASE = LAYERS[7]
+#: Fused integer layers that the library has kernels for, and whether they have a residual.
+FUSED_INTEGERS = [(LAYERS[0], False), (LAYERS[3], True), (LAYERS[4], False), (LAYERS[7], True)]
 
 
 def window_of(case: Case) -> Window:
@@ -82,6 +85,33 @@ def fused(bounds: tuple[float, float], residual: bool) -> tuple[onnx.ModelProto,
     return model, inputs, expected
 
 
+def fused_integers(
+    case: Case, end: Epilogue, *, residual: bool, pad_value: int = 3
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray], np.ndarray]:
+    """The layer of integers with an epilogue, blocked; the residual is that of ``end``."""
+    random = np.random.default_rng(0)
+    x, weight, other = (random.integers(0, 256, tensor.shape).astype(np.uint8) for tensor in case.tensors())
+    window = window_of(case)
+    with np.errstate(over="ignore"):
+        expected = end.apply(integer.adder(x, weight, window, pad_value), other if residual else None)
+    inputs = {"x": to_blocks(x), **({"residual": to_blocks(other)} if residual else {})}
+    constants = {"w": weight, "multiplier": end.multiplier, "bias": end.bias}
+    share = {"residual_multiplier": end.residual_multiplier} if residual else {}
+    given = attributes(window, pad_value=pad_value, shift=end.shift, low=end.low, high=end.high, **share)
+    model = node_model("FusedAdderInteger2d" + "Residual" * residual, inputs, constants, given, "uint8")
+    model.graph.node[0].input[:] = ["x", *constants, *list(inputs)[1:]]
+    return model, inputs, to_blocks(expected)
+
+
+def spread(case: Case, *, shift: int = 12, low: int = 0, high: int = 255, residual: int = 0) -> Epilogue:
+    """An epilogue that uses the range of bytes."""
+    filters, taps = case.outputs * case.groups, case.channels * case.kernel[0] * case.kernel[1]
+    random = np.random.default_rng(1)
+    multiplier = (random.integers(1, 4, filters) * (2**shift * 3 // taps + 1) // 3).astype(np.int32)
+    bias = (multiplier.astype(np.int64) * 85 * taps) + (100 << shift)
+    return Epilogue(multiplier, bias, shift, low, high, residual)
+
+
 def placed(array: np.ndarray, offset: int) -> np.ndarray:
     """A copy that begins ``offset`` bytes behind a multiple of 64."""
     memory = np.zeros(array.nbytes + 128, np.uint8)
@@ -109,6 +139,7 @@ def models(tmp_path_factory):
     """Files whose layers are those of :data:`LAYERS`, floats and integers."""
     found = [make(case)[0] for case in LAYERS for make in (floats, integers)]
     found += [fused(*settings)[0] for settings in FUSED]
+    found += [fused_integers(case, spread(case), residual=residual)[0] for case, residual in FUSED_INTEGERS]
     return write(tmp_path_factory.mktemp("models"), found)
 
 
@@ -222,11 +253,13 @@ def test_shapes_are_inferred(loops):
     assert output.shape == ["batch", 20, 3, 5]
 
 
-def test_layouts(loops):
-    x = np.random.default_rng(0).normal(size=(3, 37, 6, 7)).astype(np.float32)
-    (y,) = native_session(node_model("Block", {"x": x}, {}, {}), loops, threads=2).run(None, {"x": x})
-    np.testing.assert_array_equal(y, to_blocks(x))
-    model = node_model("Unblock", {"x": y}, {}, {"channels": 37})
+@pytest.mark.parametrize(("kind", "dtype"), [("", "float32"), ("Integer", "uint8")])
+def test_layouts(loops, kind, dtype):
+    x = np.random.default_rng(0).uniform(0, 256, size=(3, 37, 6, 7)).astype(dtype)
+    blocked = node_model(f"Block{kind}", {"x": x}, {}, {}, dtype)
+    (y,) = native_session(blocked, loops, threads=2).run(None, {"x": x})
+    np.testing.assert_array_equal(y, to_blocks(x), strict=True)
+    model = node_model(f"Unblock{kind}", {"x": y}, {}, {"channels": 37}, dtype)
     np.testing.assert_array_equal(native_session(model, loops).run(None, {"x": y})[0], x)
 
 
@@ -247,6 +280,69 @@ def test_compiled_fused_layers(library, bounds, residual, offset):
     assert_near(y, expected)
     floating = any(level.floats for level in ort_library.levels(library.stem))
     assert compiled_calls(library) - before == (FUSED_CASE.batch if floating and offset == 0 else 0)
+
+
+@pytest.mark.parametrize(("case", "residual"), FUSED_INTEGERS, ids=str)
+@pytest.mark.parametrize("offset", [0, 16])
+def test_compiled_fused_integers(library, case, residual, offset):
+    """The kernels were made for the shape: what they requantise with comes with the call."""
+    for end in (spread(case), spread(case, shift=15, low=30, high=200, residual=-20000 * residual)):
+        model, inputs, expected = fused_integers(case, end, residual=residual)
+        before = compiled_calls(library)
+        placed_inputs = {name: placed(array, offset) for name, array in inputs.items()}
+        (y,) = native_session(model, library).run(None, placed_inputs)
+        np.testing.assert_array_equal(y, expected, strict=True)
+        assert len(np.unique(y)) > 50
+        assert compiled_calls(library) - before == (offset == 0)
+
+
+def test_what_compiled_kernels_might_cut_off(library):
+    """Shifted sums beyond 32 bits are clamped first, which compiled kernels do not do."""
+    case = FUSED_INTEGERS[0][0]
+    end = dataclasses.replace(spread(case), multiplier=np.full(case.outputs, 2**20, np.int32), shift=1)
+    model, inputs, expected = fused_integers(case, end, residual=False)
+    before = compiled_calls(library)
+    np.testing.assert_array_equal(native_session(model, library).run(None, inputs)[0], expected)
+    assert compiled_calls(library) == before
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases(), data=st.data())
+def test_any_fused_integer_layer(loops, case, data):
+    filters, random = case.outputs * case.groups, np.random.default_rng(data.draw(st.integers(0, 99)))
+    low = data.draw(st.integers(0, 255))
+    end = Epilogue(
+        random.integers(-(2**31), 2**31, filters).astype(np.int32) >> data.draw(st.integers(0, 30)),
+        random.integers(-(2**62), 2**62, filters) >> data.draw(st.integers(0, 62)),
+        data.draw(st.integers(1, 31)),
+        low,
+        data.draw(st.integers(low, 255)),
+        data.draw(st.integers(-(2**31), 2**31 - 1)),
+    )
+    model, inputs, expected = fused_integers(case, end, residual=data.draw(st.booleans()))
+    np.testing.assert_array_equal(native_session(model, loops).run(None, inputs)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shift": 0}, "shift must be 1 to 31"),
+        ({"shift": 32}, "shift must be 1 to 31"),
+        ({"low": -1}, "low and high within 0 to 255"),
+        ({"low": 9, "high": 8}, "low and high within 0 to 255"),
+        ({"pad_value": 256}, "pad_value must be 0 to 255"),
+        ({"residual_multiplier": 2**31}, "must fit 32 bits"),
+    ],
+    ids=str,
+)
+def test_refuses_what_cannot_be_requantised(loops, changes, said):
+    case = FUSED_INTEGERS[1][0]
+    model, _, _ = fused_integers(case, spread(case), residual=True)
+    for attribute in model.graph.node[0].attribute:
+        if attribute.name in changes:
+            attribute.i = changes[attribute.name]
+    with pytest.raises(Exception, match=said):
+        native_session(model, loops)
 
 
 @pytest.mark.parametrize(

@@ -71,17 +71,19 @@ def test_integers_bit_for_bit(tmp_path):
     program.folder = str(tmp_path)
     network = quantize(program, noise(16, SIZE), QuantizeConfig(bits=5))
     integer_network.save(network, program.folder)
-    path = export_integers(program, tmp_path / "model.int8.onnx")
-    library = onnx_native.build([path], tmp_path / onnx_native.LIBRARY, target="cpu")
-    native, test = session(path), noise(3, SIZE, 5)
-    assert native.anncvt.native
+    paths = [export_integers(program, tmp_path / f"{fuse}.onnx", fuse=fuse) for fuse in (False, True)]
+    library = onnx_native.build(paths, tmp_path / onnx_native.LIBRARY, target="cpu")
+    test = noise(3, SIZE, 5)
     images = test.batch(torch.arange(len(test)), program.preprocess).numpy()
-    before = compiled_calls(library)
-    logits = run(native, images)
-    adders = sum(step.op == "adder" for step in network.steps)
-    assert compiled_calls(library) - before == adders * len(images) > 0
     expected = integer_network.run(network, test.pixels.numpy()) * np.float32(network.steps[-1].grid.scale)
-    np.testing.assert_array_equal(logits, expected.reshape(logits.shape))
+    adders = sum(step.op == "adder" for step in network.steps)
+    for path, calls in zip(paths, (adders * len(images), adders), strict=True):  # fused adders take whole batches
+        native = session(path)
+        assert native.anncvt.native
+        before = compiled_calls(library)
+        logits = run(native, images)
+        assert compiled_calls(library) - before == calls > 0
+        np.testing.assert_array_equal(logits, expected.reshape(logits.shape))
 
 
 def test_registering_again_is_harmless(folder, images):

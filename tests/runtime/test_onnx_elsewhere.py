@@ -11,15 +11,20 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from networks import ZeroPadded
+from quantized import adder_program, noise
 from test_onnx_fuse import SIZE, Block, settled
 
-from anncvt.runtime import onnx_native
-from anncvt.runtime.onnx import export_network, run, session
+from anncvt.passes.quantize import quantize
+from anncvt.runtime import integer_network, onnx_native
+from anncvt.runtime.onnx import export_integers, export_network, run, session
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")]
 
 ROOT = Path(__file__).parent.parent.parent
 BATCH = 3
+#: Models and the sizes of their images.
+MODELS = {"plain": SIZE, "fused": SIZE, "integers": (3, 8, 8)}
 #: A library without compiled kernels.
 LOOPS = "loops.so"
 #: The oldest that the project supports, and the newest that there is.
@@ -28,18 +33,22 @@ VERSIONS = ["onnxruntime==1.19.*", "onnxruntime"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two models, plain and fused, with a library for both, images and logits."""
+    """The models, of floats plain and fused, of integers fused, with a library for all, images and logits."""
     folder = tmp_path_factory.mktemp("elsewhere")
     torch.manual_seed(0)
     network = settled(Block())
-    models = [export_network(network, SIZE, folder / f"{fuse}.onnx", fuse=fuse) for fuse in (False, True)]
+    models = [export_network(network, SIZE, folder / f"{name}.onnx", fuse=name == "fused") for name in list(MODELS)[:2]]
+    program = adder_program(ZeroPadded(), 8)
+    program.folder = str(folder)
+    integer_network.save(quantize(program, noise(16, MODELS["integers"])), folder)
+    models.append(export_integers(program, folder / "integers.onnx", opset=18, fuse=True))
     # valgrind knows no AVX-512.
     onnx_native.build(models, folder / onnx_native.LIBRARY, target="avx2" if "avx2" in cpu_flags() else "cpu")
     onnx_native.build([], folder / LOOPS, target="cpu")
-    images = np.random.default_rng(0).normal(size=(BATCH, *SIZE)).astype(np.float32)
-    images.tofile(folder / "images.bin")
-    np.save(folder / "images.npy", images)
-    np.save(folder / "logits.npy", run(session(models[0], library="none"), images))
+    for path in models:
+        images = np.random.default_rng(0).normal(size=(BATCH, *MODELS[path.stem])).astype(np.float32)
+        images.tofile(path.with_suffix(".bin"))
+        np.savez(path.with_suffix(".npz"), images=images, logits=run(session(path, library="none"), images))
     return folder
 
 
@@ -58,31 +67,29 @@ def program(folder):
 
 def command(program, folder, model, threads, library=onnx_native.LIBRARY):
     (shared,) = Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so*")
-    numbers = [threads, BATCH, *SIZE]
-    files = [folder / "images.bin", folder / "out.bin"]
-    return list(map(str, [program, shared, folder / library, folder / model, *numbers, *files]))
+    numbers = [threads, BATCH, *MODELS[model]]
+    files = [folder / f"{model}.bin", folder / "out.bin"]
+    return list(map(str, [program, shared, folder / library, folder / f"{model}.onnx", *numbers, *files]))
 
 
-def assert_logits(folder, actual):
-    expected = np.load(folder / "logits.npy")
-    actual = actual.reshape(expected.shape)
-    assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
+def assert_logits(folder, model):
+    expected = np.load(folder / f"{model}.npz")["logits"]
+    actual = np.fromfile(folder / "out.bin", np.float32).reshape(expected.shape)
+    tolerance = 0 if model == "integers" else 1e-4 * np.abs(expected).max()
+    assert np.abs(actual - expected).max() <= tolerance
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("model", ["False.onnx", "True.onnx"], ids=["plain", "fused"])
+@pytest.mark.parametrize("model", MODELS)
 def test_from_cpp(program, folder, model, threads):
     done = subprocess.run(command(program, folder, model, threads), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert_logits(folder, np.fromfile(folder / "out.bin", np.float32))
+    assert_logits(folder, model)
 
 
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="needs valgrind")
-@pytest.mark.parametrize(
-    ("model", "library"),
-    [("False.onnx", onnx_native.LIBRARY), ("True.onnx", onnx_native.LIBRARY), ("True.onnx", LOOPS)],
-    ids=["plain", "fused", "loops"],
-)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("library", [onnx_native.LIBRARY, LOOPS])
 def test_under_valgrind(program, folder, model, library):
     """No wrong access and no leak that the library has a part in (onnxruntime's own are not ours to judge)."""
     options = ["--leak-check=full", "--show-leak-kinds=definite,indirect,possible", "--num-callers=40"]
@@ -93,7 +100,7 @@ def test_under_valgrind(program, folder, model, library):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert_logits(folder, np.fromfile(folder / "out.bin", np.float32))
+    assert_logits(folder, model)
     assert "ERROR SUMMARY" in done.stderr
     assert not re.findall(rf"(?:at|by) 0x\w+: .*{re.escape(library)}.*", done.stderr)
 
@@ -103,8 +110,9 @@ import sys
 import numpy as np
 import onnxruntime
 folder, library = sys.argv[1:]
-images, expected = (np.load(f"{folder}/{name}.npy") for name in ("images", "logits"))
-for model in ("False", "True"):
+for model in ("plain", "fused", "integers"):
+    stored = np.load(f"{folder}/{model}.npz")
+    images, expected = stored["images"], stored["logits"]
     for registered in (False, True):
         options = onnxruntime.SessionOptions()
         if registered:

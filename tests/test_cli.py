@@ -287,7 +287,7 @@ class TestBadInput:
         for flag in (["--int8"], ["--batch", 8]):
             message = self.refused(converted.parent, "compile", converted, "--for", "onnxruntime", *flag, code=2)
             assert "are for TVM" in message
-        assert "not fused" in self.refused(converted.parent, "export", converted, "--int8", "--fuse")
+        assert "anncvt quantize" in self.refused(converted.parent, "export", converted, "--int8", "--fuse")
 
     def test_nothing_to_check(self, converted):
         assert "anncvt export" in self.refused(converted.parent, "check", converted, "--limit", 4)

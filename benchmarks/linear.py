@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 import time
+from pathlib import Path
 
 import anncvt  # before torch: it sets how the thread pools wait
 
@@ -19,17 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anncvt.data import Images, augment, open_images
+from anncvt.data import open_images
 from anncvt.evaluation import evaluate
-from anncvt.images import normalise
 from anncvt.passes.calibrate import calibrate
 from anncvt.passes.choice import Choice
 from anncvt.passes.plan import plan
 from anncvt.passes.rewrite import rewrite
-from anncvt.program import Preprocess, Program
+from anncvt.program import Program
 from anncvt.terminal import reporter
 
-PREPROCESS = Preprocess((1, 16, 16), (0.5,), (0.5,))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from train_digits_net import PREPROCESS, fit
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -72,24 +74,12 @@ class SmallConvNeXt(nn.Module):
         return self.head(self.norm(x.mean((2, 3))))
 
 
-def trained(images: Images, epochs: int, seed: int) -> nn.Module:
-    """The network in eval mode after ``epochs`` of AdamW with a one-cycle step size."""
+def trained(epochs: int, seed: int) -> nn.Module:
+    """The network in eval mode after ``epochs`` of AdamW."""
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    labels = images.labels
-    assert labels is not None  # digits always have labels
     network = SmallConvNeXt()
-    batches = len(images) // 64
-    optimizer = torch.optim.AdamW(network.parameters(), lr=4e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=epochs * batches)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(images), generator=generator)[: batches * 64].split(64):
-            pixels = augment(images.pixels[rows], generator, pad=1, flip=images.flip)
-            loss = F.cross_entropy(network(normalise(pixels, PREPROCESS)), labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    for _ in fit(network, torch.optim.AdamW(network.parameters(), lr=4e-3, weight_decay=0.05), epochs, seed):
+        pass
     return network.eval()
 
 
@@ -101,7 +91,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     train, test = (open_images("digits", split, PREPROCESS) for split in ("train", "test"))
-    network = trained(train, options.epochs, options.seed)
+    network = trained(options.epochs, options.seed)
     teacher = evaluate(network, test, PREPROCESS)["top1"]
     loaded = anncvt.load(network, input_size=PREPROCESS.input_size, mean=PREPROCESS.mean, std=PREPROCESS.std)
     print("| conversion | adders' share of the MACs % | processor seconds | top-1 % | below the CNN (points) |")

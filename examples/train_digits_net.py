@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from digits_net import INPUT_SIZE, MEAN, STD, DigitsNet
 from safetensors.torch import save
+from torch import nn
 
 from anncvt.data import augment, open_images
 from anncvt.evaluation import evaluate
@@ -33,20 +35,18 @@ from anncvt.program import Preprocess
 PREPROCESS = Preprocess(INPUT_SIZE, MEAN, STD)
 
 
-def train(epochs: int, seed: int) -> tuple[DigitsNet, float]:
-    """A trained network in eval mode and its top-1 accuracy in percent on the held-out digits."""
-    torch.manual_seed(seed)
+def fit(network: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, seed: int) -> Iterator[float]:
+    """Train ``network`` on the digits, the rate going up to the optimizer's and down; yields each epoch's mean loss."""
     generator = torch.Generator().manual_seed(seed)
     images = open_images("digits", "train", PREPROCESS)
     labels = images.labels
     assert labels is not None  # digits always have labels
-    network = DigitsNet()
     batch = 64
     steps = len(images) // batch
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=epochs * steps)
-    for epoch in range(epochs):
-        started, total = time.perf_counter(), 0.0
+    rate = optimizer.defaults["lr"]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=epochs * steps)
+    for _ in range(epochs):
+        total = 0.0
         network.train()
         # The last, smaller batch is dropped: its batch statistics would be poorer.
         for indices in torch.randperm(len(images), generator=generator)[: steps * batch].split(batch):
@@ -58,10 +58,18 @@ def train(epochs: int, seed: int) -> tuple[DigitsNet, float]:
             optimizer.step()
             schedule.step()
             total += loss.item()
-        print(
-            f"epoch {epoch + 1:3d}/{epochs}  loss {total / steps:.4f}  {time.perf_counter() - started:.1f} s",
-            flush=True,
-        )
+        yield total / steps
+
+
+def train(epochs: int, seed: int) -> tuple[DigitsNet, float]:
+    """A trained network in eval mode and its top-1 accuracy in percent on the held-out digits."""
+    torch.manual_seed(seed)
+    network = DigitsNet()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    started = time.perf_counter()
+    for epoch, loss in enumerate(fit(network, optimizer, epochs, seed), 1):
+        print(f"epoch {epoch:3d}/{epochs}  loss {loss:.4f}  {time.perf_counter() - started:.1f} s", flush=True)
+        started = time.perf_counter()
     return network.eval(), evaluate(network, open_images("digits", "test", PREPROCESS), PREPROCESS)["top1"]
 
 

@@ -277,7 +277,8 @@ def _parts(step: Step) -> list[_Part]:
 def _join(graph: _Graph, step: Step, values: list[str], output: str) -> None:
     """The filters of all parts in the step's order."""
     joined = graph.node("Concat", values, f"{step.name}/joined", axis=1)
-    order = np.argsort(np.concatenate([part.filters for part in _parts(step)]))
+    assert step.filter_group is not None
+    order = np.argsort(np.argsort(step.filter_group, kind="stable"))
     places = graph.constant(f"{step.name}/order", order.astype(np.int64))
     graph.node("Gather", [joined, places], output, axis=1)
 

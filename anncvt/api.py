@@ -397,12 +397,13 @@ def compile(
     target: str = "cpu",
     batch: int | Sequence[int] = 1,
     integers: bool = False,
+    fixed: bool = False,
     progress: Progress = SILENT,
 ) -> Path:
     """Compile the adder network with TVM, to ``model.so`` in its folder unless ``path`` says else.
 
     Args:
-        target, batch: see :func:`anncvt.runtime.tvm.compile`.
+        target, batch, fixed: see :func:`anncvt.runtime.tvm.compile`.
         integers: compile the integer network instead, to ``model.int8.so``.
 
     Raises:
@@ -413,7 +414,8 @@ def compile(
 
     program = _opened(program, progress)
     if not integers:
-        return tvm.compile(program, _beside(program, path, LIBRARY), target=target, batch=batch, progress=progress)
+        library = _beside(program, path, LIBRARY)
+        return tvm.compile(program, library, target=target, batch=batch, fixed=fixed, progress=progress)
     return tvm.compile_network(
         integer_network.load(program.folder or ""),
         program.preprocess,

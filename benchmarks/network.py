@@ -4,8 +4,8 @@
     python benchmarks/network.py torchvision:resnet18 --batch 16 --keep out/networks
     python benchmarks/network.py torchvision:resnet50 --rows native "native, int8" CNN "CNN, int8"
 
-"adders" are compiled by TVM as a whole; "native" are ONNX files in onnxruntime with the native library, with fused
-adders unless it says "unfused".
+"adders" are compiled by TVM as a whole, "fixed" in 16-bit fixed point; "native" are ONNX files in onnxruntime with the
+native library, with fused adders unless it says "unfused".
 
 Random weights, BatchNorm statistics of noise, the default plan (in a MobileNetV2 pointwise convolutions become adders,
 depthwise ones stay). Medians of interleaved calls, and the least of them, which other work disturbs less; by the
@@ -44,6 +44,7 @@ from anncvt.runtime.contestants import quantised, reduced_range
 IMAGES = 4
 ROWS = {
     "adders": "model.so",
+    "adders, fixed": "model.fixed.so",
     "adders, int8": "model.int8.so",
     "native": "model.onnx",
     "native, int8": "model.int8.onnx",
@@ -52,7 +53,7 @@ ROWS = {
     "CNN": "cnn.onnx",
     "CNN, int8": "cnn.int8.onnx",
 }
-DEFAULT = ("adders", "adders, int8", "CNN", "CNN, int8")
+DEFAULT = ("adders", "adders, fixed", "adders, int8", "CNN", "CNN, int8")
 
 
 def main() -> None:
@@ -104,8 +105,8 @@ def build(name: str, size: int, batch: int, folder: Path, rows: list[str]) -> No
 def make(program: Program, row: str, path: Path, batch: int) -> None:
     """Write the file of a row; the program's folder holds its integers where the row is of integers."""
     size = program.preprocess.input_size
-    if row == "adders":
-        tvm.compile(program, path, batch=batch)
+    if row in ("adders", "adders, fixed"):
+        tvm.compile(program, path, batch=batch, fixed=row == "adders, fixed")
     elif row == "adders, int8":
         tvm.compile_network(integer_network.load(path.parent), program.preprocess, path, batch=batch)
     elif row.startswith("native"):
@@ -176,7 +177,7 @@ def report(name: str, times: dict[str, float], batch: int) -> None:
     print(
         f"{name}: " + ", ".join(f"{row} {value:.2f} ms ({value / batch:.2f} an image)" for row, value in times.items())
     )
-    pairs = [("", ""), (", int8", ", int8"), (", int8", "")]
+    pairs = [("", ""), (", fixed", ""), (", int8", ", int8"), (", int8", "")]
     named = [(f"{made}{a}", f"CNN{b}") for made in ("adders", "native", "native unfused") for a, b in pairs]
     ratios = [f"{a} / {b} {times[a] / times[b]:.3f}" for a, b in named if a in times and b in times]
     print("  " + "; ".join(ratios), flush=True)

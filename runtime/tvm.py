@@ -7,6 +7,7 @@ batch runs as the largest compiled ones that fit, then the smaller ones.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ def compile(
     *,
     target: str = "cpu",
     batch: int | Sequence[int] = 1,
+    fixed: bool = False,
     progress: Progress = SILENT,
 ) -> Path:
     """Compile the student of ``program`` to a shared library with the weights inside.
@@ -46,6 +48,8 @@ def compile(
         path: the file to write (atomically).
         target: ``"cpu"`` (this machine), ``"avx2"``, ``"avx512"``, or an LLVM target string for another machine.
         batch: batch size(s) to generate code for; 1 is always among them.
+        fixed: compute the adders in 16-bit fixed point where that is faster (AVX-512); see
+            :mod:`anncvt.runtime.kernels.fixed_point`.
         progress: shows the steps.
 
     Returns:
@@ -63,6 +67,7 @@ def compile(
         path,
         target=target,
         batch=batch,
+        fixed=fixed,
         about=about(program),
         progress=progress,
     )
@@ -84,6 +89,7 @@ def compile_network(
     *,
     target: str = "cpu",
     batch: int | Sequence[int] = 1,
+    fixed: bool = False,
     about: dict[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> Path:
@@ -98,6 +104,7 @@ def compile_network(
         lowered, about = _integers(network), {**about, "integers": network.settings}
     else:
         lowered = _floats(network, preprocess.input_size)
+    about |= {"fixed": fixed}
     return _write(lowered, preprocess, Path(path), target, batch, about, progress)
 
 
@@ -136,7 +143,7 @@ def _write(
     from anncvt.runtime.kernels.deployment import Deployment
     from anncvt.runtime.kernels.network import build_library
 
-    deployment = Deployment.parse(target)
+    deployment = dataclasses.replace(Deployment.parse(target), fixed=about["fixed"])
     functions = {f"batch_{size}": size for size in _batches(batch)}
     with progress.task("Compiling", 3) as task:
         module, source, result = lowered(functions, deployment)

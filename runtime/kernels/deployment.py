@@ -19,6 +19,7 @@ class Deployment:
 
     ``accumulators``: vectors of 16 float32 sums that its registers hold beside the operands.
     ``features``: instruction sets the code may use (LLVM's names), to be checked before it is loaded.
+    ``fixed``: adders of floats are computed in 16-bit fixed point where that is faster.
     """
 
     target: Any
@@ -26,6 +27,7 @@ class Deployment:
     features: tuple[str, ...]
     accumulators: int
     compiler: str | None  # of the linker for another architecture; None: this machine's
+    fixed: bool = False
 
     @property
     def assembly(self) -> bool:

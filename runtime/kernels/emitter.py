@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from tvm import relax, tirx
 
 from anncvt.runtime.geometry import Padding
-from anncvt.runtime.kernels import elementwise, inference, layout, pooling
+from anncvt.runtime.kernels import elementwise, fixed_point, inference, layout, pooling
 from anncvt.runtime.kernels.deployment import Deployment
 from anncvt.runtime.kernels.fusion import Combination, Convolution, Pending, Value, View
 from anncvt.runtime.kernels.layer import LANES, Layer, blocks
@@ -125,7 +126,11 @@ class Emitter:
             pending.residual is not None,
             not direct,
         )
-        packed = inference.pack(layer, source.weight, pending.scale, pending.shift)
+        target = self.target
+        if target.fixed and fixed_point.suitable(layer, source.weight, target.architecture, target.features):
+            layer = dataclasses.replace(layer, mode="fixed")
+        pack = fixed_point.pack if layer.mode == "fixed" else inference.pack
+        packed = pack(layer, source.weight, pending.scale, pending.shift)
         arguments = [x.expr, *(self.constant(array) for array in packed)]
         arguments += self._residual(pending)
         kernel = self.call(layer, lambda: self._kernel(layer), arguments, layer.out_shape)
@@ -136,6 +141,8 @@ class Emitter:
         return "abs" if mode == "max" and self.target.architecture == "aarch64" else mode
 
     def _kernel(self, layer: Layer) -> tirx.PrimFunc:
+        if layer.mode == "fixed":
+            return fixed_point.generate(layer, self.target.architecture, self.target.features)
         cut = tiling(layer, self.target.accumulators, linear=self.target.assembly)
         return inference.build(layer, cut, self.target.assembly)
 

@@ -48,10 +48,11 @@ def pack(layer: Layer, weight: np.ndarray, scale: np.ndarray, shift: np.ndarray)
     full[:out, :depth] = weight
     split = full.reshape(lanes // LANES, LANES, -1, width, kh, kw)
     packed = np.ascontiguousarray(split.transpose(0, 2, 4, 5, 3, 1))
-    return packed, np.append(_per_lane(scale, lanes), np.full((1, LANES), 2, np.float32), 0), _per_lane(shift, lanes)
+    return packed, np.append(per_lane(scale, lanes), np.full((1, LANES), 2, np.float32), 0), per_lane(shift, lanes)
 
 
-def _per_lane(values: np.ndarray, lanes: int) -> np.ndarray:
+def per_lane(values: np.ndarray, lanes: int) -> np.ndarray:
+    """``[O]`` as float32 ``[lanes/16, 16]``, zero beyond the last."""
     full = np.zeros(lanes, np.float32)
     full[: len(values)] = values
     return full.reshape(-1, LANES)
@@ -62,7 +63,7 @@ def build(layer: Layer, cut: Tiling, assembly: bool = False) -> tirx.PrimFunc:
 
     ``assembly``: the innermost loops may be AVX2 code (:mod:`anncvt.runtime.kernels.microkernel`).
     """
-    return _Kernel(layer, cut, assembly).function()
+    return Kernel(layer, cut, assembly).function()
 
 
 #: Weights beyond this stream from memory: those of the next output block are asked for while this one is computed,
@@ -70,7 +71,7 @@ def build(layer: Layer, cut: Tiling, assembly: bool = False) -> tirx.PrimFunc:
 STREAM_BYTES = 256 * 1024
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """Output pixels summed in registers, relative to the work item."""
 
     top: Any
@@ -78,7 +79,7 @@ class _Tile(NamedTuple):
     index: Any
 
 
-class _Item(NamedTuple):
+class Item(NamedTuple):
     """A work item: its image and first output row, where its input lies, the patch sums to share."""
 
     image: Any
@@ -88,7 +89,7 @@ class _Item(NamedTuple):
     sums: Any
 
 
-class _Kernel:
+class Kernel:
     """Builds one PrimFunc. All buffers are addressed flat, so index arithmetic is written once, here."""
 
     def __init__(self, layer: Layer, cut: Tiling, assembly: bool) -> None:
@@ -111,8 +112,8 @@ class _Kernel:
         self.depth = layer.in_channels // layer.groups
         self.dense_blocks = self.depth // LANES if layer.groups > 1 else self.in_blocks
         self.seen = 1 if layer.per_lane else self.dense_blocks
-        self.size = cut.height * cut.width * LANES  # sums of a tile
-        self.sums = layer.form == "max"
+        self.size = cut.height * cut.width * cut.vectors * LANES  # sums of a tile
+        self.sums = layer.form in ("max", "fixed")
         self.sum_groups = layer.groups if self.sums else 1
         own = assembly and layer.form in SUMS and not layer.per_lane
         #: By the column that a tile begins at; one for all columns where tiles are rectangles.
@@ -145,11 +146,14 @@ class _Kernel:
         )
 
     def function(self) -> tirx.PrimFunc:
+        return function(self._shapes() | {"scale": (self.out + 1, LANES)}, self._body)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the arguments, in order."""
         layer = self.layer
         shapes = {"x": layer.in_shape, "weight": self._weight_shape()}
-        shapes |= {"scale": (self.out + 1, LANES), "shift": (self.out, LANES)}
-        shapes |= dict.fromkeys(("residual", "y") if layer.residual else ("y",), layer.out_shape)
-        return function(shapes, self._body)
+        shapes |= dict.fromkeys(("scale", "shift"), (self.out, LANES))
+        return shapes | dict.fromkeys(("residual", "y") if layer.residual else ("y",), layer.out_shape)
 
     def _body(self, x: Any, weight: Any, scale: Any, shift: Any, y: Any, residual: Any = None) -> None:
         cut = self.cut
@@ -167,7 +171,7 @@ class _Kernel:
             first = tirx.min(group * cut.out_blocks, self.out - cut.out_blocks)
             source, base = self._input(image, row)
             sums = T.alloc_buffer((self.sum_groups * self.in_rows * self.width,), "float32") if self.sums else None
-            work = _Item(image, row, source, base, sums)
+            work = Item(image, row, source, base, sums)
             if cut.depth < self.seen:
                 self._in_passes(work, first)
             else:
@@ -205,11 +209,11 @@ class _Kernel:
                         T.buffer_store(copy, value, [target + w * self.cells + c])
         return copy, tirx.const(0, "int32")
 
-    def _patch_sums(self, work: _Item) -> None:
+    def _patch_sums(self, work: Item) -> None:
         """``[groups, input rows, output width]``: the sum over channels and kernel columns; kernel rows come later."""
         if work.sums is None:
             return
-        layer, rows, source = self.layer, self.in_rows, work.source
+        rows, source = self.in_rows, work.source
         per_group = self.in_blocks // self.sum_groups
         cells = T.alloc_buffer((self.in_width * self.cells,), "float32")
         line = T.alloc_buffer((self.in_width,), "float32")
@@ -223,9 +227,14 @@ class _Kernel:
                 store(cells, own, lambda lane: cells[own + lane] + source[more + lane], self.cells)
             with T.serial(self.in_width) as w:
                 self._sum_cells(cells, line, w)
-            with T.serial(self.width) as w:
-                taps = [line[w * self.stride[1] + k * layer.dilation[1]] for k in range(layer.kernel[1])]
-                T.buffer_store(work.sums, sum(taps[1:], taps[0]), [(g * rows + h) * self.width + w])
+            self._sum_columns(work, line, g, h)
+
+    def _sum_columns(self, work: Item, line: Any, group: Any, row: Any) -> None:
+        """The patch sums of a row of the input, of the sums over channels in ``line``."""
+        layer = self.layer
+        with T.serial(self.width) as w:
+            taps = [line[w * self.stride[1] + k * layer.dilation[1]] for k in range(layer.kernel[1])]
+            T.buffer_store(work.sums, sum(taps[1:], taps[0]), [(group * self.in_rows + row) * self.width + w])
 
     def _sum_cells(self, cells: Any, line: Any, w: Any) -> None:
         """``line[w]``: the sum of the channels stored side by side in ``cells``."""
@@ -239,40 +248,51 @@ class _Kernel:
         total = lanes[0] if self.cells == LANES else sum((lanes[c] for c in range(1, self.cells)), lanes[0])
         T.buffer_store(line, total, [w])
 
-    def _at_once(self, work: _Item, first: Any) -> None:
+    def _at_once(self, work: Item, first: Any) -> None:
         """One tile after the other, over all its taps."""
         self._patch_sums(work)
         memory = T.alloc_buffer((self.size,), "float32") if self.micro else None
-        with T.serial(self.cut.out_blocks) as o, self._tiles() as tile:
-            self._expect(work, first + o, tile)
+        with self._out_blocks(first) as (_, o), self._tiles() as tile:
+            self._expect(work, o, tile)
             totals = memory if self.micro else self._accumulator(lambda at: f32(0))
             if not self.micro:
-                self._taps(totals, work, first + o, tile, 0, self.seen)
+                self._taps(totals, work, o, tile, 0, self.seen)
             else:
-                self._call(totals, 0, work, first + o, tile, 0, self.seen)
-            self._epilogue(totals, 0, work, first + o, tile)
+                self._call(totals, 0, work, o, tile, 0, self.seen)
+            self._epilogue(totals, 0, work, o, tile)
 
-    def _in_passes(self, work: _Item, first: Any) -> None:
+    def _in_passes(self, work: Item, first: Any) -> None:
         """A few input blocks at a time for all tiles: their weights stay in the first-level cache."""
         depth, size = self.cut.depth, self.size
         partial = T.alloc_buffer((math.prod(self._tile_counts()) * size,), "float32")
-        with T.serial(self.cut.out_blocks) as o:
+        with self._out_blocks(first) as (index, o):
             with T.serial(-(-self.seen // depth)) as step, self._tiles() as tile:
                 begin, count, place = step * depth, tirx.min(depth, self.seen - step * depth), tile.index * size
-                self._expect_weights(first + o, begin, tile)
+                self._expect_weights(o, begin, tile)
                 if self.micro:
-                    self._call(partial, place, work, first + o, tile, begin, count)
+                    self._call(partial, place, work, o, tile, begin, count)
                 else:
                     totals = self._accumulator(lambda at: tirx.Select(step == 0, f32(0), partial[place + at]))
-                    self._taps(totals, work, first + o, tile, begin, count)
-                    with self._lanes() as (at, _):
+                    self._taps(totals, work, o, tile, begin, count)
+                    with self._lanes() as at:
                         T.buffer_store(partial, totals[at], [place + at])
-            with T.If(o == 0), T.Then():  # by now the input is in the cache
+            with T.If(index == 0), T.Then():  # by now the input is in the cache
                 self._patch_sums(work)
             with self._tiles() as tile:
-                self._epilogue(partial, tile.index * size, work, first + o, tile)
+                self._epilogue(partial, tile.index * size, work, o, tile)
 
-    def _call(self, totals: Any, place: Any, work: _Item, o: Any, tile: _Tile, first: Any, count: Any) -> None:
+    @contextlib.contextmanager
+    def _out_blocks(self, first: Any) -> Iterator[tuple[Any, Any]]:
+        """Opens the loop over the output blocks of a work item, a tile's at a time: its index and the first of them.
+
+        The last ones may overlap their neighbours.
+        """
+        blocks, vectors = self.cut.out_blocks, self.cut.vectors
+        with T.serial(-(-blocks // vectors)) as index:
+            begin = index * vectors
+            yield index, first + (tirx.min(begin, blocks - vectors) if blocks % vectors else begin)
+
+    def _call(self, totals: Any, place: Any, work: Item, o: Any, tile: Tile, first: Any, count: Any) -> None:
         """Add ``count`` input blocks from ``first`` to the sums of ``tile`` in memory; the first of all begin them."""
         weights, origin = self._block(work, o, tile, first)
         sums, x, w = (T.address_of(entry) for entry in (totals[place], work.source[origin], self.weight[weights]))
@@ -294,41 +314,51 @@ class _Kernel:
         return -(-rows // cut.height), -(-width // cut.width)
 
     @contextlib.contextmanager
-    def _tiles(self) -> Iterator[_Tile]:
+    def _tiles(self) -> Iterator[Tile]:
         """Opens the loops over the tiles of a work item. All have one size: the last one may overlap its neighbour."""
         (rows, width), cut, (tall, wide) = self._grid(), self.cut, self._tile_counts()
         with T.serial(tall) as i, T.serial(wide) as j:
             top = tirx.min(i * cut.height, rows - cut.height) if rows % cut.height else i * cut.height
             left = tirx.min(j * cut.width, width - cut.width) if width % cut.width else j * cut.width
-            yield _Tile(top, left, i * wide + j)
+            yield Tile(top, left, i * wide + j)
 
     @contextlib.contextmanager
-    def _lanes(self) -> Iterator[tuple[Any, Any]]:
-        """Opens the loops over the sums of a tile: where one is kept, and where in ``y``, from the tile on, it goes."""
-        with T.unroll(self.cut.height) as i, T.unroll(self.cut.width) as j, T.vectorized(LANES) as lane:
-            yield (i * self.cut.width + j) * LANES + lane, (i * self.width + j) * LANES + lane
+    def _lanes(self) -> Iterator[Any]:
+        """Opens the loops over the sums of a tile: where one is kept."""
+        with T.unroll(self.size // LANES) as vector, T.vectorized(LANES) as lane:
+            yield vector * LANES + lane
+
+    @contextlib.contextmanager
+    def _pixels(self) -> Iterator[tuple[Any, Any, Any]]:
+        """Opens the loops over the vectors of a tile: row, column, output block."""
+        with T.unroll(self.cut.height) as i, T.unroll(self.cut.width) as j, T.unroll(self.cut.vectors) as v:
+            yield i, j, v
+
+    def _kept(self, i: Any, j: Any, v: Any) -> Any:
+        """Where the sums of a vector begin."""
+        return ((i * self.cut.width + j) * self.cut.vectors + v) * LANES
 
     def _accumulator(self, begin: Callable[[Any], Any]) -> Any:
         """Registers for the sums of a tile; sum ``at`` begins as ``begin(at)``."""
-        accumulator = T.alloc_buffer((self.cut.height * self.cut.width * LANES,), "float32", scope="local")
-        with self._lanes() as (at, _):
+        accumulator = T.alloc_buffer((self.size,), "float32", scope="local")
+        with self._lanes() as at:
             T.buffer_store(accumulator, begin(at), [at])
         return accumulator
 
-    def _pixel(self, work: _Item, o: Any, tile: _Tile) -> Any:
+    def _pixel(self, work: Item, o: Any, tile: Tile) -> Any:
         """Where the tile begins in ``y`` and in the residual."""
         return (((work.image * self.out + o) * self.height + work.row + tile.top) * self.width + tile.left) * LANES
 
-    def _expect(self, work: _Item, o: Any, tile: _Tile) -> None:
+    def _expect(self, work: Item, o: Any, tile: Tile) -> None:
         """Ask for the cache lines that the epilogue will read and write."""
         if self.residual is None:
             return
-        start = self._pixel(work, o, tile)
-        with T.unroll(self.cut.height) as p, T.unroll(self.cut.width) as q:
-            prefetch(self.residual, start + (p * self.width + q) * LANES)
-            prefetch(self.y, start + (p * self.width + q) * LANES, write=True)
+        with self._pixels() as (i, j, v):
+            at = self._pixel(work, o + v, tile) + (i * self.width + j) * LANES
+            prefetch(self.residual, at)
+            prefetch(self.y, at, write=True)
 
-    def _expect_weights(self, o: Any, begin: Any, tile: _Tile) -> None:
+    def _expect_weights(self, o: Any, begin: Any, tile: Tile) -> None:
         """Ask for this tile's share of the weights of the next pass."""
         block = self._panel() // self.seen
         if self.out * self._panel() * 4 > STREAM_BYTES:
@@ -337,27 +367,22 @@ class _Kernel:
             with T.serial(lines) as line:
                 prefetch(self.weight, ahead + (tile.index * lines + line) * LANES)
 
-    def _taps(self, totals: Any, work: _Item, o: Any, tile: _Tile, first: Any, count: Any) -> None:
+    def _taps(self, totals: Any, work: Item, o: Any, tile: Tile, first: Any, count: Any) -> None:
         """Add the taps of ``count`` input blocks from ``first``."""
         layer, (kh, kw) = self.layer, self.layer.kernel
         reduced, panel = self._reduced(), self._panel()
         with T.serial(count) as step, T.serial(kh) as r, T.serial(kw) as s:
             weights, origin = self._block(work, o, tile, first + step)
             weights = weights + (r * kw + s) * reduced * LANES
-            if self.cut.height * self.cut.width >= WIDE and self.out * panel * 4 > STREAM_BYTES:
-                with T.unroll(reduced) as c:
-                    prefetch(self.weight, weights + panel + c * LANES)
+            if self.size >= WIDE * LANES and self.out * panel * 4 > STREAM_BYTES:
+                with T.unroll(reduced) as c, T.unroll(self.cut.vectors) as v:
+                    prefetch(self.weight, weights + (self.cut.vectors + v) * panel + c * LANES)
             origin = origin + (r * layer.dilation[0] * self.in_width + s * layer.dilation[1]) * self.cells
-            with (
-                T.serial(reduced) as c,
-                T.unroll(self.cut.height) as i,
-                T.unroll(self.cut.width) as j,
-                T.vectorized(LANES) as lane,
-            ):
+            with T.serial(reduced) as c, self._pixels() as (i, j, v), T.vectorized(LANES) as lane:
                 pixel = origin + (i * self.stride[0] * self.in_width + j * self.stride[1]) * self.cells
                 x = work.source[pixel + (self._own_channel(o, lane, c) if layer.per_lane else c)]
-                w = self.weight[weights + c * LANES + lane]
-                at = (i * self.cut.width + j) * LANES + lane
+                w = self.weight[weights + v * panel + c * LANES + lane]
+                at = self._kept(i, j, v) + lane
                 T.buffer_store(totals, totals[at] + self._tap(x, w), [at])
 
     def _reduced(self) -> int:
@@ -368,7 +393,7 @@ class _Kernel:
         """Weights of 16 output channels."""
         return self.seen * self.layer.kernel[0] * self.layer.kernel[1] * self._reduced() * LANES
 
-    def _block(self, work: _Item, o: Any, tile: _Tile, block: Any) -> tuple[Any, Any]:
+    def _block(self, work: Item, o: Any, tile: Tile, block: Any) -> tuple[Any, Any]:
         """Where the weights of output channels ``o`` and the pixels of ``tile`` begin for an input block."""
         weights = o * self._panel() + block * (self._panel() // self.seen)
         top, left = self._place(tile.top, tile.left)
@@ -403,24 +428,28 @@ class _Kernel:
         # fused multiply-add, which leaves the adders of the CPU to the maximum.
         return tirx.max(w, x) * self.scale[self.out * LANES]
 
-    def _epilogue(self, totals: Any, begin: Any, work: _Item, o: Any, tile: _Tile) -> None:
+    def _total(self, kept: Any) -> Any:
+        """What a sum kept in a register stands for."""
+        return kept
+
+    def _epilogue(self, totals: Any, begin: Any, work: Item, o: Any, tile: Tile) -> None:
         layer = self.layer
-        start = self._pixel(work, o, tile)
-        with T.unroll(self.cut.height) as i, T.unroll(self.cut.width) as j, T.vectorized(LANES) as lane:
-            total = totals[begin + (i * self.cut.width + j) * LANES + lane]
+        with self._pixels() as (i, j, v), T.vectorized(LANES) as lane:
+            total = self._total(totals[begin + self._kept(i, j, v) + lane])
+            block = o + v
             if work.sums is not None:
-                group = 0 if layer.groups == 1 else self._group(o)
+                group = 0 if layer.groups == 1 else self._group(block)
                 row, column = self._place(tile.top + i, tile.left + j)
                 at = (group * self.in_rows + row * self.stride[0]) * self.width + column
                 rows = [work.sums[at + k * layer.dilation[0] * self.width] for k in range(layer.kernel[0])]
                 total = sum(rows[1:], rows[0]) - total
             elif layer.form == "abs":
                 total = f32(0) - total
-            value = self.scale[o * LANES + lane] * total + self.shift[o * LANES + lane]
-            at = start + (i * self.width + j) * LANES + lane
+            value = self.scale[block * LANES + lane] * total + self.shift[block * LANES + lane]
+            at = self._pixel(work, block, tile) + (i * self.width + j) * LANES + lane
             if self.residual is not None:
                 value = value + self.residual[at]
             value = apply(layer.activation, value)
             if layer.out_channels % LANES and not keeps_zero(layer.activation):
-                value = tirx.if_then_else(o * LANES + lane < layer.out_channels, value, f32(0))
+                value = tirx.if_then_else(block * LANES + lane < layer.out_channels, value, f32(0))
             T.buffer_store(self.y, value, [at])

@@ -112,11 +112,11 @@ def _sad(intrinsic: str, bits: int, registers: int) -> Form:
     lanes = bits // 64
 
     def step(sums: Any, x: Any, w: Any) -> Any:
-        return sums + _call(intrinsic, f"int64x{lanes}", w, repeat(x, lanes))
+        return sums + call(intrinsic, f"int64x{lanes}", w, repeat(x, lanes))
 
     def alternate(sums: Any, x: Any, w: Any) -> Any:
         """The same: the upper halves are zero. Sums of one kind LLVM would reorder, and run out of registers."""
-        difference = _call(intrinsic, f"int64x{lanes}", w, repeat(x, lanes))
+        difference = call(intrinsic, f"int64x{lanes}", w, repeat(x, lanes))
         halves = f"int32x{2 * lanes}"
         return T.reinterpret(f"int64x{lanes}", T.reinterpret(halves, sums) + T.reinterpret(halves, difference))
 
@@ -127,7 +127,7 @@ def _multiply_pairs(intrinsic: str, bits: int, registers: int) -> Form:
     lanes = bits // 32
 
     def step(sums: Any, x: Any, w: Any) -> Any:
-        return sums + _call(intrinsic, f"int32x{lanes}", w, repeat(x, lanes))
+        return sums + call(intrinsic, f"int32x{lanes}", w, repeat(x, lanes))
 
     return Form("multiply_pairs", lanes, 2, registers, 2, step, source="int16", weight="int16")
 
@@ -141,12 +141,12 @@ def _dot(sums: Any, x: Any, w: Any) -> Any:
 
 
 def _dot_product(sums: Any, unsigned: Any, signed: Any) -> Any:
-    return _call("llvm.x86.avx512.vpdpbusd.512", "int32x16", sums, unsigned, signed)
+    return call("llvm.x86.avx512.vpdpbusd.512", "int32x16", sums, unsigned, signed)
 
 
 def _udot(sums: Any, x: Any, w: Any) -> Any:
-    difference = _call("llvm.aarch64.neon.uabd", "uint8x16", w, repeat(x, 4))
-    return _call("llvm.aarch64.neon.udot", "int32x4", sums, difference, ones(16))
+    difference = call("llvm.aarch64.neon.uabd", "uint8x16", w, repeat(x, 4))
+    return call("llvm.aarch64.neon.udot", "int32x4", sums, difference, ones(16))
 
 
 def _uabal(sums: Any, x: Any, w: Any) -> Any:
@@ -155,8 +155,8 @@ def _uabal(sums: Any, x: Any, w: Any) -> Any:
     for pair in range(8):
         pixel = repeat(tirx.Shuffle([x], [2 * pair, 2 * pair + 1]), 4)
         filters = tirx.Shuffle([w], list(range(8 * pair, 8 * pair + 8)))
-        total = total + _call("llvm.aarch64.neon.uabd", "uint8x8", filters, pixel).astype("uint16x8")
-    return sums + _call("llvm.aarch64.neon.uaddlp", "int32x4", total)
+        total = total + call("llvm.aarch64.neon.uabd", "uint8x8", filters, pixel).astype("uint16x8")
+    return sums + call("llvm.aarch64.neon.uaddlp", "int32x4", total)
 
 
 def _plain_adder(sums: Any, x: Any, w: Any) -> Any:
@@ -188,5 +188,6 @@ def ones(lanes: int) -> Any:
     return tirx.Broadcast(tirx.const(1, "uint8"), lanes)
 
 
-def _call(intrinsic: str, dtype: str, *arguments: Any) -> Any:
+def call(intrinsic: str, dtype: str, *arguments: Any) -> Any:
+    """An instruction by LLVM's name."""
     return T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(intrinsic), *arguments, dtype=dtype)

@@ -19,8 +19,9 @@ class Layer:
     """What one kernel computes: ``y = activation(scale * window(x, w) + shift [+ residual])``.
 
     ``mode``: ``"max"`` and ``"abs"`` are the adder ``-sum |x-w|`` (fast form; direct form, exact where ``|x|`` is much
-    larger than ``|x-w|``), ``"conv"`` the convolution ``sum x*w``. Grouped layers whose groups are not multiples of 16
-    channels (depthwise among them) have no patch sum to share: their adder is always computed directly.
+    larger than ``|x-w|``), ``"fixed"`` is the same in 16-bit fixed point, ``"conv"`` the convolution ``sum x*w``.
+    Grouped layers whose groups are not multiples of 16 channels (depthwise among them) have no patch sum to share:
+    their adder is always computed directly.
     """
 
     mode: str
@@ -61,7 +62,7 @@ class Layer:
     @property
     def form(self) -> str:
         """The mode that is really used."""
-        return "abs" if self.mode == "max" and self.per_lane else self.mode
+        return "abs" if self.mode in ("max", "fixed") and self.per_lane else self.mode
 
     @property
     def pointwise(self) -> bool:
@@ -71,7 +72,9 @@ class Layer:
     @property
     def copied(self) -> bool:
         """Whether the kernel works on a copy of its input (padded, reordered, or subsampled to contiguous pixels)."""
-        return not self.blocked or any(self.padding) or (self.pointwise and self.stride != (1, 1))
+        return (
+            self.mode == "fixed" or not self.blocked or any(self.padding) or (self.pointwise and self.stride != (1, 1))
+        )
 
 
 def blocks(channels: int) -> int:

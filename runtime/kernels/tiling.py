@@ -8,16 +8,22 @@ from dataclasses import dataclass
 
 from anncvt.runtime.kernels.layer import LANES, Layer, blocks
 
-#: What one core can keep close while it works on an item (half of a usual second-level cache).
-CACHE_BYTES = 512 * 1024
+#: What one core can keep close while it works on an item (a part of a usual second-level cache).
+CACHE_BYTES = 256 * 1024
 #: Weights that stay in the first-level cache while a work item passes over them.
 PANEL_BYTES = 8 * 1024
 #: From so many pixels in registers on, a vector of weights is used often enough to come from the second-level cache.
 WIDE = 12
 #: Bytes per cycle that arrive from beyond that cache.
 BANDWIDTH = 12
-#: Bytes per cycle of a pass over data in cache.
-COPY_BANDWIDTH = 24
+#: Bytes per cycle of a pass over data that lie in that cache at best.
+COPY_BANDWIDTH = 6
+#: Independent sums that keep the adders busy, where tiles are large (measured: 13 are faster than 10) and where not.
+WIDE_LATENCY, LATENCY = 13, 4
+#: Output blocks that share the pixels in registers in fixed point, where a broadcast costs an instruction.
+VECTORS = 2
+#: Input blocks so far apart share the lines of the first-level cache; of its eight ways half are left to other data.
+ALIAS_BYTES, ALIAS_BLOCKS = 4096, 4
 #: Tiles that go on in the next line have an inner loop for each column they begin at; 14 of them were slower than none.
 MOST_COLUMNS = 8
 #: What beginning a work item costs.
@@ -31,7 +37,8 @@ class Tiling:
     """``rows`` x ``out_blocks`` is one work item; ``height`` x ``width`` pixels (at most) are summed in registers.
 
     All pixels of the item are done for ``depth`` input blocks before the next blocks' turn. ``linear``: a tile is
-    ``width`` pixels in a row that goes on in the next line of the image.
+    ``width`` pixels in a row that goes on in the next line of the image. A tile has the sums of ``vectors`` output
+    blocks, of which ``out_blocks`` is a multiple.
     """
 
     rows: int
@@ -40,6 +47,7 @@ class Tiling:
     width: int
     depth: int
     linear: bool = False
+    vectors: int = 1
 
 
 def tiling(layer: Layer, accumulators: int, linear: bool = False) -> Tiling:
@@ -56,9 +64,16 @@ def tiling(layer: Layer, accumulators: int, linear: bool = False) -> Tiling:
 
 
 def _depth(layer: Layer, accumulators: int) -> int:
-    """Input blocks whose weights for 16 output channels stay in the first-level cache; all, where tiles are large."""
+    """Input blocks whose weights for 16 output channels stay in the first-level cache; all, where tiles are large.
+
+    Of blocks that lie where they push each other out of that cache, a few.
+    """
     seen = blocks(layer.in_channels // layer.groups)
-    if accumulators >= WIDE or layer.per_lane or not layer.blocked:
+    if layer.per_lane or not layer.blocked or layer.form == "fixed":
+        return seen
+    if not layer.copied and layer.size[0] * layer.size[1] * LANES * 4 % ALIAS_BYTES == 0:
+        seen = min(seen, ALIAS_BLOCKS)
+    if accumulators >= WIDE:
         return seen
     return min(seen, max(1, PANEL_BYTES // (layer.kernel[0] * layer.kernel[1] * LANES * LANES * 4)))
 
@@ -75,25 +90,29 @@ def _options(layer: Layer, rows: int, accumulators: int, linear: bool) -> Iterat
     weights = out * LANES * taps * 4
     moved = weights * (row_blocks if weights > CACHE_BYTES else 1)
     moved += inputs * row_blocks * (out if inputs > CACHE_BYTES else 1)
-    # Each item reads its input once more to sum it, or to copy it.
-    passes = (layer.form == "max") + layer.copied
+    # Each item reads its input once more to sum it, or to copy it; in fixed point both at once.
+    fixed = layer.form == "fixed"
+    passes = 1 if fixed else (layer.form == "max") + layer.copied
     depth = _depth(layer, accumulators)
-    latency = 8 if accumulators >= WIDE else 4
+    latency = WIDE_LATENCY if accumulators >= WIDE else LATENCY
     for cuts in (1, 2, 4, 8):
         out_blocks = -(-out // cuts)
+        vectors = min(VECTORS, out_blocks) if fixed else 1
+        most = accumulators // vectors
         items = row_blocks * -(-out // out_blocks)
         overhead = moved / BANDWIDTH + items * (ITEM_CYCLES + passes * inputs / COPY_BANDWIDTH)
         idle = max(IDLE.get(items, 0), (-items % 8) / 8 * 0.02)
         shapes = [
             (-(-grid[0] // tall) * -(-grid[1] // wide), tall, wide, False)
-            for tall in range(1, min(grid[0], accumulators) + 1)
-            for wide in range(1, min(grid[1], accumulators // tall) + 1)
+            for tall in range(1, min(grid[0], most) + 1)
+            for wide in range(1, min(grid[1], most // tall) + 1)
         ]
         if linear and not layer.pointwise and not layer.per_lane and width <= MOST_COLUMNS:
             wide = min(accumulators, rows * width)
             shapes.append((-(-rows * width // wide), 1, wide, True))
         for tiles, tall, wide, goes_on in shapes:
-            # One operation per pixel and tap, one weight load per tile and tap; latency needs independent sums.
-            per_tap = tiles * (max(tall * wide, latency) + 1)
-            cycles = (per_tap * taps * out * row_blocks + overhead) * (1 + idle)
-            yield (cycles, tall * wide), Tiling(rows, out_blocks, tall, wide, depth, goes_on)
+            # One operation per sum and tap, one weight load per tile and tap; latency needs independent sums.
+            per_tap = tiles * (max(tall * wide * vectors, latency) + vectors)
+            tile_blocks = row_blocks * -(-out // out_blocks) * -(-out_blocks // vectors)
+            cycles = (per_tap * taps * tile_blocks / (2 if fixed else 1) + overhead) * (1 + idle)
+            yield (cycles, tall * wide), Tiling(rows, out_blocks, tall, wide, depth, goes_on, vectors)

@@ -1,0 +1,217 @@
+"""Inference kernels of adder layers in 16-bit fixed point: floats in and out, twice the speed of float32.
+
+A layer's weights span a range ``[low, high]`` (with 0 in it), which 65533 steps ``s`` cut evenly. Of a value ``x`` only
+the part ``c`` inside the range has to meet the weights; the rest is the same for all of them::
+
+    |x - w| = |c - w| + |x - c|,   c = min(max(x, low), high)
+
+so that no range of the activations is needed, and values far outside are exact. With ``C = round(c/s)`` and
+``W = round(w/s)`` in 16 bits, ``|C-W| = 2*max(C,W) - C - W`` and 32-bit sums, two taps are one instruction each::
+
+    -sum |x-w|  =  sum (s*C - |x-c|)  -  2*s * sum max(C,W)  +  s * sum W
+
+The first sum belongs to the patch and is shared by all output channels, the last is a constant. Rounding changes a tap
+by up to ``s``, about 1e-4 of the weights' standard deviation, and in sums those errors average out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.script import tirx as S
+from tvm.tirx.script.builder import ir as T
+
+from anncvt.runtime.kernels.flat import function, prefetch
+from anncvt.runtime.kernels.inference import STREAM_BYTES, Item, Kernel, Tile, per_lane
+from anncvt.runtime.kernels.integer_forms import Form, call, repeat
+from anncvt.runtime.kernels.integer_output import ramp, splat
+from anncvt.runtime.kernels.layer import LANES, Layer, blocks
+from anncvt.runtime.kernels.tiling import Tiling, tiling
+
+#: Steps on either side of the middle of the range; one is left for the rounding of its ends.
+HALF = 32766
+#: Taps of one output whose maxima fit 32 bits.
+MOST_TAPS = 1 << 16
+#: Weights whose range is more than so many times their mean deviation lose digits: their layer stays in floats.
+MOST_SPREAD = 64.0
+#: Added to a float below 2^22, it leaves the nearest integer in the low bits.
+MAGIC = 1.5 * 2.0**23
+#: The kernel's ``range``: ends, steps per unit, what moves a number of steps to its integer, a step, twice that.
+RANGE = ("low", "high", "steps", "move", "step", "twice")
+
+
+def form_of(architecture: str, features: tuple[str, ...]) -> Form | None:
+    """The instructions for two taps of 16 output channels; None: floats are as fast (AVX2) or nothing is known."""
+    if architecture != "x86_64":
+        return None
+    if "avx512vnni" in features:
+        return _form(16, lambda sums, maxima, ones: call(_VNNI, "int32x16", sums, maxima, ones))
+    if "avx512bw" in features:
+        return _form(14, lambda sums, maxima, ones: sums + call(_PAIRS, "int32x16", maxima, ones))
+    return None
+
+
+_VNNI, _PAIRS = "llvm.x86.avx512.vpdpwssd.512", "llvm.x86.avx512.pmaddw.d.512"
+
+
+def _form(registers: int, add: Callable[[Any, Any, Any], Any]) -> Form:
+    def step(sums: Any, x: Any, w: Any) -> Any:
+        return add(sums, tirx.max(w, repeat(x, LANES)), splat(1, "int16", 2 * LANES))
+
+    return Form("fixed", LANES, 2, registers, 2, step, source="int16", weight="int16", maxima=True)
+
+
+def suitable(layer: Layer, weight: np.ndarray, architecture: str, features: tuple[str, ...]) -> bool:
+    """Whether a layer of mode ``"max"`` is better computed in fixed point, and loses nothing that matters.
+
+    Args:
+        layer: the layer.
+        weight: ``[O, C/groups, kh, kw]``.
+        architecture, features: of the processor.
+    """
+    if layer.mode != "max" or layer.per_lane or not layer.blocked or form_of(architecture, features) is None:
+        return False
+    low, high = _ends(weight)
+    deviation = float(np.abs(weight - np.median(weight)).mean())
+    return weight[0].size <= MOST_TAPS and 0 < high - low <= MOST_SPREAD * deviation
+
+
+def _ends(weight: np.ndarray) -> tuple[float, float]:
+    return min(float(weight.min()), 0.0), max(float(weight.max()), 0.0)
+
+
+def pack(layer: Layer, weight: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The kernel's constants; arguments as of :func:`anncvt.runtime.kernels.inference.pack`.
+
+    Returns:
+        int16 ``[O/16, C/16, kh, kw, 8, 32]`` (pairs of input channels, output lanes), float32 ``[O/16, 16]`` twice
+        (scale, shift), float32 ``[6]`` (:data:`RANGE`).
+    """
+    out, depth, kh, kw = weight.shape
+    low, high = _ends(weight)
+    step = float(np.float32((high - low) / (2 * HALF)))
+    middle = round((low + high) / 2 / step)  # in steps: zero is a whole number of them
+    full = np.zeros((blocks(out) * LANES, blocks(depth) * LANES, kh, kw))
+    full[:out, :depth] = weight
+    steps = np.clip(np.rint(full / step) - middle, -HALF - 1, HALF + 1)
+    # Lanes and pixels that are added count like any others: their value is 0, and so is their weight.
+    constant = step * (steps + middle).sum((1, 2, 3)) - 2 * step * middle * steps[0].size
+    packed = steps.reshape(-1, LANES, blocks(depth), LANES // 2, 2, kh, kw).transpose(0, 2, 5, 6, 3, 1, 4)
+    ends = [(middle + side * HALF) * step for side in (-1, 1)]
+    values = np.array([*ends, 1 / step, MAGIC - middle, step, 2 * step], np.float32)
+    return (
+        np.ascontiguousarray(packed, np.int16).reshape(*packed.shape[:5], -1),
+        per_lane(scale, len(full)),
+        per_lane(shift.astype(np.float64) + scale * constant[:out], len(full)),
+        values,
+    )
+
+
+def build(layer: Layer, cut: Tiling, form: Form) -> tirx.PrimFunc:
+    """The kernel: arguments ``x, weight, scale, shift, range[, residual], y`` (:func:`pack`, :class:`Layer`)."""
+    return _FixedPoint(layer, cut, form).function()
+
+
+def generate(layer: Layer, architecture: str, features: tuple[str, ...]) -> tirx.PrimFunc:
+    """:func:`build` for a processor with these instruction sets, which have a form (:func:`suitable`)."""
+    form = form_of(architecture, features)
+    assert form is not None
+    return build(layer, tiling(layer, form.registers), form)
+
+
+class _FixedPoint(Kernel):
+    def __init__(self, layer: Layer, cut: Tiling, form: Form) -> None:
+        super().__init__(layer, cut, assembly=False)
+        self.form = form
+
+    def function(self) -> tirx.PrimFunc:
+        shapes = self._shapes()
+        shapes["weight"] = (self.out, self.dense_blocks, *self.layer.kernel, LANES // 2, 2 * LANES)
+        ends = {name: shapes.pop(name) for name in ("residual", "y") if name in shapes}
+        shapes |= {"range": (len(RANGE),)}
+        shapes |= ends
+        return function(shapes, self._body, dict.fromkeys(shapes, "float32") | {"weight": self.form.weight})
+
+    def _body(
+        self, x: Any, weight: Any, scale: Any, shift: Any, y: Any, residual: Any = None, range: Any = None
+    ) -> None:
+        self.range = range
+        super()._body(x, weight, scale, shift, y, residual)
+
+    def _input(self, image: Any, row: Any) -> tuple[Any, Any]:
+        """Where the integers of a work item will be; :meth:`_patch_sums` writes them."""
+        return T.alloc_buffer((self.in_blocks * self.plane,), self.form.source), tirx.const(0, "int32")
+
+    def _patch_sums(self, work: Item) -> None:
+        """Besides, the input becomes integers: each value is read once."""
+        layer, rows, blocks = self.layer, self.in_rows, self.in_blocks // self.sum_groups
+        cells = T.alloc_buffer((self.in_width * LANES,), "float32")
+        line = T.alloc_buffer((self.in_width,), "float32")
+        with T.serial(self.sum_groups) as g, T.serial(rows) as h:
+            source_row = work.row * layer.stride[0] + h * self.picked[0] - layer.padding.top
+            inside = tirx.all(source_row >= 0, source_row < layer.size[0])
+            with T.serial(self.in_width) as w:
+                T.buffer_store(cells, splat(0, "float32", LANES), [ramp(w * LANES, LANES)])
+            with T.serial(blocks) as b, T.serial(self.in_width) as w:
+                column = w * self.picked[1] - layer.padding.left
+                block = g * blocks + b
+                plane = work.image * self.in_blocks + block
+                at = ((plane * layer.size[0] + source_row) * layer.size[1] + column) * LANES
+                target = ramp(block * self.plane + (h * self.in_width + w) * LANES, LANES)
+                with T.If(tirx.all(inside, column >= 0, column < layer.size[1])):
+                    with T.Then():
+                        self._convert(work.source, target, cells, w, self.x[ramp(at, LANES)])
+                    with T.Else():
+                        self._integers(work.source, target, splat(0, "float32", LANES))
+            with T.serial(self.in_width) as w:
+                self._sum_cells(cells, line, w)
+            self._sum_columns(work, line, g, h)
+
+    def _convert(self, copy: Any, target: Any, cells: Any, w: Any, x: Any) -> None:
+        """Store 16 values ``x`` as integers, and add what is left of them to their column's sums."""
+        inside = tirx.min(tirx.max(x, self._constant("low")), self._constant("high"))
+        moved = self._integers(copy, target, inside)
+        value = (moved - self._constant("move")) * self._constant("step") - tirx.abs(x - inside)
+        own = ramp(w * LANES, LANES)
+        T.buffer_store(cells, cells[own] + value, [own])
+
+    def _integers(self, copy: Any, target: Any, inside: Any) -> Any:
+        """Store the integers of 16 values inside the range; returns them as floats, moved."""
+        moved = inside * self._constant("steps") + self._constant("move")
+        T.buffer_store(copy, S.reinterpret(f"int32x{LANES}", moved).astype(f"int16x{LANES}"), [target])
+        return moved
+
+    def _constant(self, name: str) -> Any:
+        return tirx.Broadcast(self.range[RANGE.index(name)], LANES)
+
+    def _accumulator(self, begin: Callable[[Any], Any]) -> Any:
+        accumulator = T.alloc_buffer((self.size,), "int32")
+        for first in range(0, self.size, LANES):
+            T.buffer_store(accumulator, splat(0, "int32", LANES), [ramp(first, LANES)])
+        return accumulator
+
+    def _taps(self, totals: Any, work: Item, o: Any, tile: Tile, first: Any, count: Any) -> None:
+        layer, (kh, kw), vectors = self.layer, self.layer.kernel, self.cut.vectors
+        panel, operand = self._panel(), 2 * LANES
+        with T.serial(count) as step, T.serial(kh) as r, T.serial(kw) as s:
+            weights, origin = self._block(work, o, tile, first + step)
+            weights = weights + (r * kw + s) * LANES * LANES
+            origin = origin + (r * layer.dilation[0] * self.in_width + s * layer.dilation[1]) * LANES
+            pairs = [(v, c) for v in range(vectors) for c in range(LANES // 2)]
+            if self.out * panel * 2 > STREAM_BYTES:
+                for v, c in pairs:
+                    prefetch(self.weight, weights + (vectors + v) * panel + c * operand)
+            for c in range(LANES // 2):
+                for i, j in np.ndindex(self.cut.height, self.cut.width):
+                    pixel = origin + (i * self.stride[0] * self.in_width + j * self.stride[1]) * LANES
+                    x = work.source[ramp(pixel + 2 * c, 2)]
+                    for v in range(vectors):
+                        w = self.weight[ramp(weights + v * panel + c * operand, operand)]
+                        at = ramp(self._kept(i, j, v), LANES)
+                        T.buffer_store(totals, self.form.step(totals[at], x, w), [at])
+
+    def _total(self, kept: Any) -> Any:
+        return kept.astype("float32") * self.range[RANGE.index("twice")]

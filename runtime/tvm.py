@@ -56,8 +56,8 @@ def compile(
         ``path``.
 
     Raises:
-        AnncvtError: TVM is not installed, there is no student, an operator has no compiled form, the target is unknown,
-            no C compiler links the library, or the file cannot be written.
+        AnncvtError: TVM is not installed, there is no student, an operator has no compiled form, the target is unknown
+            or gains nothing from fixed point, no C compiler links the library, or the file cannot be written.
     """
     if program.student is None:
         raise AnncvtError("there is no student network yet", where="compile", fix="run `anncvt convert` first")
@@ -104,8 +104,21 @@ def compile_network(
         lowered, about = _integers(network), {**about, "integers": network.settings}
     else:
         lowered = _floats(network, preprocess.input_size)
-    about |= {"fixed": fixed}
-    return _write(lowered, preprocess, Path(path), target, batch, about, progress)
+    return _write(lowered, preprocess, Path(path), _deployment(target, fixed), batch, about, progress)
+
+
+def _deployment(target: str, fixed: bool) -> Deployment:
+    from anncvt.runtime.kernels import fixed_point
+    from anncvt.runtime.kernels.deployment import Deployment
+
+    deployment = Deployment.parse(target)
+    if fixed and fixed_point.form_of(deployment.architecture, deployment.features) is None:
+        raise AnncvtError(
+            f"{deployment.name} has no instructions that make 16-bit fixed point faster than floats (AVX-512 has)",
+            where="compile",
+            fix="compile without it, or the integers that `anncvt quantize` makes",
+        )
+    return dataclasses.replace(deployment, fixed=fixed)
 
 
 def _floats(network: nn.Module, size: Sequence[int]) -> Lowered:
@@ -133,17 +146,15 @@ def _write(
     lowered: Lowered,
     preprocess: Preprocess,
     path: Path,
-    target: str,
+    deployment: Deployment,
     batch: int | Sequence[int],
     about: dict[str, Any],
     progress: Progress,
 ) -> Path:
     """Lower a network, build it, and write it with its manifest."""
     from anncvt.program import versions
-    from anncvt.runtime.kernels.deployment import Deployment
     from anncvt.runtime.kernels.network import build_library
 
-    deployment = dataclasses.replace(Deployment.parse(target), fixed=about["fixed"])
     functions = {f"batch_{size}": size for size in _batches(batch)}
     with progress.task("Compiling", 3) as task:
         module, source, result = lowered(functions, deployment)
@@ -160,7 +171,8 @@ def _write(
             },
             "functions": functions,
             "target": {
-                "name": target,
+                "name": deployment.name,
+                "fixed": deployment.fixed,
                 "architecture": deployment.architecture,
                 "features": list(deployment.features),
                 "flags": processor.flags(deployment.features),

@@ -16,6 +16,8 @@ from torch import nn
 
 from anncvt import api, pipeline
 from anncvt.cli import cli
+from anncvt.runtime import processor
+from anncvt.runtime.artifact import read_manifest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 WEIGHTS = EXAMPLES / "digits_net.safetensors"
@@ -92,6 +94,13 @@ class TestChain:
         reported = answered("report", folder)
         stages = [row["stage"] for row in reported["history"] if row["stage"] not in ("data", "evaluated")]
         assert stages == ["loaded", "planned", "rewritten", "calibrated", "distilled"]
+
+    @pytest.mark.skipif("avx512bw" not in (processor.features() or ()), reason="needs AVX-512")
+    def test_fixed_point(self, converted):
+        path = answered("compile", converted, "--fixed16")["path"]
+        assert read_manifest(Path(path))["target"]["fixed"] is True
+        found = answered("check", converted, "--limit", 40)["backends"]["tvm"]
+        assert 1e-8 < found["max_rel"] < 1e-3 and found["top1_agreement"] == 100
 
     def test_a_library_for_onnxruntime(self, converted):
         answered("export", converted, "--fuse")
@@ -282,9 +291,13 @@ class TestBadInput:
     def test_not_a_folder(self, tmp_path, verb):
         assert "nothing.ann" in self.refused(tmp_path, verb, tmp_path / "nothing.ann")
 
+    def test_fixed_point_is_of_floats_and_needs_instructions(self, converted):
+        assert "AVX-512" in self.refused(converted.parent, "compile", converted, "--fixed16", "--target", "avx2")
+        self.refused(converted.parent, "compile", converted, "--fixed16", "--int8", code=2)
+
     def test_nothing_to_build_a_library_for(self, converted):
         assert "anncvt export" in self.refused(converted.parent, "compile", converted, "--for", "onnxruntime")
-        for flag in (["--int8"], ["--batch", 8]):
+        for flag in (["--int8"], ["--batch", 8], ["--fixed16"]):
             message = self.refused(converted.parent, "compile", converted, "--for", "onnxruntime", *flag, code=2)
             assert "are for TVM" in message
         assert "anncvt quantize" in self.refused(converted.parent, "export", converted, "--int8", "--fuse")

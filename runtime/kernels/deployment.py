@@ -15,13 +15,14 @@ from anncvt.runtime.processor import RELEVANT, architecture
 
 @dataclass(frozen=True)
 class Deployment:
-    """A resolved target.
+    """A resolved target; ``name``: as the user gave it.
 
     ``accumulators``: vectors of 16 float32 sums that its registers hold beside the operands.
     ``features``: instruction sets the code may use (LLVM's names), to be checked before it is loaded.
     ``fixed``: adders of floats are computed in 16-bit fixed point where that is faster.
     """
 
+    name: str
     target: Any
     architecture: str
     features: tuple[str, ...]
@@ -60,7 +61,7 @@ class Deployment:
             raise _unknown(name) from error
         features = tuple(sorted(found & RELEVANT))
         compiler = None if machine == architecture() else f"{triple}-gcc"
-        return cls(target, machine, features, _accumulators(machine, features), compiler)
+        return cls(name, target, machine, features, _accumulators(machine, features), compiler)
 
 
 def _options(name: str) -> dict[str, Any]:

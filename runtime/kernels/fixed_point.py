@@ -130,7 +130,7 @@ class _FixedPoint(Kernel):
     def function(self) -> tirx.PrimFunc:
         shapes = self._shapes()
         shapes["weight"] = (self.out, self.dense_blocks, *self.layer.kernel, LANES // 2, 2 * LANES)
-        ends = {name: shapes.pop(name) for name in ("residual", "y") if name in shapes}
+        ends: dict[str, tuple[int, ...]] = {key: shapes.pop(key) for key in ("residual", "y") if key in shapes}
         shapes |= {"range": (len(RANGE),)}
         shapes |= ends
         return function(shapes, self._body, dict.fromkeys(shapes, "float32") | {"weight": self.form.weight})

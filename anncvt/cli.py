@@ -258,7 +258,7 @@ def export(
 @click.option(
     "--fixed16",
     is_flag=True,
-    help="Floats in and out, but adders in 16-bit fixed point: faster where there is AVX-512, and nearly as exact.",
+    help="Floats in and out, adders in 16-bit fixed point: faster, and nearly as exact. Needs AVX2.",
 )
 @options.common
 def compile_(

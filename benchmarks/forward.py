@@ -22,21 +22,21 @@ from torch import Tensor
 from anncvt import zoo
 from anncvt.errors import AnncvtError
 from anncvt.runtime.geometry import Padding
-from anncvt.runtime.kernels import cache, inference
+from anncvt.runtime.kernels import cache, fixed_point, inference
 from anncvt.runtime.kernels import layer as kernel_layer
 from anncvt.runtime.kernels.deployment import Deployment
 from anncvt.runtime.kernels.tiling import tiling
 
 #: Calls of one contestant between those of the next.
-_COLUMNS = ("adder", "conv", "onnxruntime", "onnxruntime node", "torch")
+_COLUMNS = ("adder", "fixed", "conv", "onnxruntime", "onnxruntime node", "torch")
 _Clock = Callable[[], float]
 
 
 def measure(options: argparse.Namespace, clock: _Clock, peaks: dict[str, float]) -> dict[str, Any]:
     """Print a row per layer and the sums over the network; returns them.
 
-    ``adder`` and ``conv`` are this package's kernels in the blocked layout of a compiled network, with scale, shift and
-    ReLU. ``onnxruntime`` is a call of a model of one Conv and Relu, and includes the change of layout at its borders;
+    ``adder``, ``fixed`` (the adder in 16-bit fixed point) and ``conv`` are this package's kernels in the blocked layout
+    of a compiled network, with scale, shift and ReLU. ``onnxruntime`` is a call of a model of one Conv and Relu, and includes the change of layout at its borders;
     ``onnxruntime node`` is the time of the Conv alone by its profiler (wall time). ``torch`` is conv2d in the better of
     its layouts.
     """
@@ -73,6 +73,7 @@ def _layer_times(
         sessions = [_session(layer, x.numpy(), weight.numpy(), options.threads, full) for full in (True, False)]
         calls: dict[str, Callable[[], object]] = {
             "adder": _compiled(layer, "max", x.numpy(), weight.numpy()),
+            "fixed": _compiled(layer, "fixed", x.numpy(), weight.numpy()),
             "conv": _compiled(layer, "conv", x.numpy(), weight.numpy()),
             "onnxruntime": sessions[0].call,
             "onnxruntime, plain layout": sessions[1].call,
@@ -107,11 +108,16 @@ def _compiled(layer: Layer, mode: str, x: np.ndarray, weight: np.ndarray) -> Cal
         activation=("relu",),
     )
     target = Deployment.parse("cpu")
-    cut = tiling(spec, target.accumulators, target.assembly)
-    function = inference.build(spec, cut, target.assembly).with_attr("global_symbol", "main")
-    kernel = tvm.compile(tvm.IRModule({"main": function}), target.target)["main"]
+    if mode == "fixed":
+        function = fixed_point.generate(spec, target.architecture, target.features)
+    else:
+        cut = tiling(spec, target.accumulators, target.assembly)
+        function = inference.build(spec, cut, target.assembly)
+    module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
+    kernel = tvm.compile(module, target.target)["main"]
     blocks = x.reshape(x.shape[0], -1, kernel_layer.LANES, *size).transpose(0, 1, 3, 4, 2)
-    constants = inference.pack(spec, weight, np.ones(layer.outputs), np.zeros(layer.outputs))
+    pack = fixed_point.pack if mode == "fixed" else inference.pack
+    constants = pack(spec, weight, np.ones(layer.outputs), np.zeros(layer.outputs))
     arrays = [np.ascontiguousarray(blocks), *constants, np.zeros(spec.out_shape, np.float32)]
     tensors = [tvm.runtime.tensor(array) for array in arrays]
     return lambda: kernel(*tensors)

@@ -48,7 +48,7 @@ def compile(
         path: the file to write (atomically).
         target: ``"cpu"`` (this machine), ``"avx2"``, ``"avx512"``, or an LLVM target string for another machine.
         batch: batch size(s) to generate code for; 1 is always among them.
-        fixed: compute the adders in 16-bit fixed point where that is faster (AVX-512); see
+        fixed: compute the adders in 16-bit fixed point where that is faster (x86-64 from AVX2 on); see
             :mod:`anncvt.runtime.kernels.fixed_point`.
         progress: shows the steps.
 
@@ -114,7 +114,7 @@ def _deployment(target: str, fixed: bool) -> Deployment:
     deployment = Deployment.parse(target)
     if fixed and fixed_point.form_of(deployment.architecture, deployment.features) is None:
         raise AnncvtError(
-            f"{deployment.name} has no instructions that make 16-bit fixed point faster than floats (AVX-512 has)",
+            f"{deployment.name} has no instructions that make 16-bit fixed point faster than floats (AVX2 has)",
             where="compile",
             fix="compile without it, or the integers that `anncvt quantize` makes",
         )

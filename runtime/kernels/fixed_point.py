@@ -16,6 +16,7 @@ by up to ``s``, about 1e-4 of the weights' standard deviation, and in sums those
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,24 +45,29 @@ RANGE = ("low", "high", "steps", "move", "step", "twice")
 
 
 def form_of(architecture: str, features: tuple[str, ...]) -> Form | None:
-    """The instructions for two taps of 16 output channels; None: floats are as fast (AVX2) or nothing is known."""
+    """The instructions for two taps of ``lanes`` output channels; None: nothing is known to be faster than floats."""
     if architecture != "x86_64":
         return None
     if "avx512vnni" in features:
-        return _form(16, lambda sums, maxima, ones: call(_VNNI, "int32x16", sums, maxima, ones))
+        return _form(16, 16, 2, lambda sums, maxima, ones: call(_VNNI, "int32x16", sums, maxima, ones))
     if "avx512bw" in features:
-        return _form(14, lambda sums, maxima, ones: sums + call(_PAIRS, "int32x16", maxima, ones))
+        return _form(16, 14, 2, lambda sums, maxima, ones: sums + call(_PAIRS_512, "int32x16", maxima, ones))
+    if "avx2" in features:
+        return _form(8, 5, 1, lambda sums, maxima, ones: sums + call(_PAIRS_256, "int32x8", maxima, ones))
     return None
 
 
-_VNNI, _PAIRS = "llvm.x86.avx512.vpdpwssd.512", "llvm.x86.avx512.pmaddw.d.512"
+_VNNI = "llvm.x86.avx512.vpdpwssd.512"
+_PAIRS_512, _PAIRS_256 = "llvm.x86.avx512.pmaddw.d.512", "llvm.x86.avx2.pmadd.wd"
 
 
-def _form(registers: int, add: Callable[[Any, Any, Any], Any]) -> Form:
+def _form(lanes: int, registers: int, vectors: int, add: Callable[[Any, Any, Any], Any]) -> Form:
+    """``registers``: blocks of 16 sums that a tile may have; ``vectors``: of which a pixel's are so many."""
+
     def step(sums: Any, x: Any, w: Any) -> Any:
-        return add(sums, tirx.max(w, repeat(x, LANES)), splat(1, "int16", 2 * LANES))
+        return add(sums, tirx.max(w, repeat(x, lanes)), splat(1, "int16", 2 * lanes))
 
-    return Form("fixed", LANES, 2, registers, 2, step, source="int16", weight="int16", maxima=True)
+    return Form("fixed", lanes, 2, registers, vectors, step, source="int16", weight="int16", maxima=True)
 
 
 def suitable(layer: Layer, weight: np.ndarray, architecture: str, features: tuple[str, ...]) -> bool:
@@ -119,7 +125,7 @@ def generate(layer: Layer, architecture: str, features: tuple[str, ...]) -> tirx
     """:func:`build` for a processor with these instruction sets, which have a form (:func:`suitable`)."""
     form = form_of(architecture, features)
     assert form is not None
-    return build(layer, tiling(layer, form.registers), form)
+    return build(layer, tiling(layer, form.registers, vectors=form.vectors), form)
 
 
 class _FixedPoint(Kernel):
@@ -194,7 +200,7 @@ class _FixedPoint(Kernel):
         return accumulator
 
     def _taps(self, totals: Any, work: Item, o: Any, tile: Tile, first: Any, count: Any) -> None:
-        layer, (kh, kw), vectors = self.layer, self.layer.kernel, self.cut.vectors
+        layer, (kh, kw), vectors, lanes = self.layer, self.layer.kernel, self.cut.vectors, self.form.lanes
         panel, operand = self._panel(), 2 * LANES
         with T.serial(count) as step, T.serial(kh) as r, T.serial(kw) as s:
             weights, origin = self._block(work, o, tile, first + step)
@@ -208,9 +214,9 @@ class _FixedPoint(Kernel):
                 for i, j in np.ndindex(self.cut.height, self.cut.width):
                     pixel = origin + (i * self.stride[0] * self.in_width + j * self.stride[1]) * LANES
                     x = work.source[ramp(pixel + 2 * c, 2)]
-                    for v in range(vectors):
-                        w = self.weight[ramp(weights + v * panel + c * operand, operand)]
-                        at = ramp(self._kept(i, j, v), LANES)
+                    for v, lane in itertools.product(range(vectors), range(0, LANES, lanes)):
+                        w = self.weight[ramp(weights + v * panel + c * operand + 2 * lane, 2 * lanes)]
+                        at = ramp(self._kept(i, j, v) + lane, lanes)
                         T.buffer_store(totals, self.form.step(totals[at], x, w), [at])
 
     def _total(self, kept: Any) -> Any:

@@ -20,8 +20,6 @@ BANDWIDTH = 12
 COPY_BANDWIDTH = 6
 #: Independent sums that keep the adders busy, where tiles are large (measured: 13 are faster than 10) and where not.
 WIDE_LATENCY, LATENCY = 13, 4
-#: Output blocks that share the pixels in registers in fixed point, where a broadcast costs an instruction.
-VECTORS = 2
 #: Input blocks so far apart share the lines of the first-level cache; of its eight ways half are left to other data.
 ALIAS_BYTES, ALIAS_BLOCKS = 4096, 4
 #: Tiles that go on in the next line have an inner loop for each column they begin at; 14 of them were slower than none.
@@ -50,16 +48,17 @@ class Tiling:
     vectors: int = 1
 
 
-def tiling(layer: Layer, accumulators: int, linear: bool = False) -> Tiling:
+def tiling(layer: Layer, accumulators: int, linear: bool = False, vectors: int = 1) -> Tiling:
     """The cheapest cut for a machine whose registers hold ``accumulators`` vectors of 16 sums.
 
-    ``linear``: tiles may go on in the next line, as they do with kernels of assembly.
+    ``linear``: tiles may go on in the next line, as they do with kernels of assembly. ``vectors``: output blocks that
+    share the pixels of a tile, where there are so many.
     """
     height, _ = layer.out_size
     heights = [rows for rows in range(1, height + 1) if height % rows == 0] or [height]
     if len(heights) == 2 and height > 2:  # a prime number of rows: the last block may overlap its neighbour
         heights = sorted({2, 4, 8, -(-height // 4), -(-height // 2), height} & set(range(2, height + 1)))
-    options = itertools.chain.from_iterable(_options(layer, rows, accumulators, linear) for rows in heights)
+    options = itertools.chain.from_iterable(_options(layer, rows, accumulators, linear, vectors) for rows in heights)
     return min(options, key=lambda option: option[0])[1]
 
 
@@ -78,7 +77,9 @@ def _depth(layer: Layer, accumulators: int) -> int:
     return min(seen, max(1, PANEL_BYTES // (layer.kernel[0] * layer.kernel[1] * LANES * LANES * 4)))
 
 
-def _options(layer: Layer, rows: int, accumulators: int, linear: bool) -> Iterator[tuple[tuple[float, ...], Tiling]]:
+def _options(
+    layer: Layer, rows: int, accumulators: int, linear: bool, most_vectors: int
+) -> Iterator[tuple[tuple[float, ...], Tiling]]:
     """Every register tile for items of ``rows`` rows, with its cost in cycles."""
     height, width = layer.out_size
     row_blocks, out = -(-height // rows), blocks(layer.out_channels)
@@ -97,7 +98,7 @@ def _options(layer: Layer, rows: int, accumulators: int, linear: bool) -> Iterat
     latency = WIDE_LATENCY if accumulators >= WIDE else LATENCY
     for cuts in (1, 2, 4, 8):
         out_blocks = -(-out // cuts)
-        vectors = min(VECTORS, out_blocks) if fixed else 1
+        vectors = min(most_vectors, out_blocks)
         most = accumulators // vectors
         items = row_blocks * -(-out // out_blocks)
         overhead = moved / BANDWIDTH + items * (ITEM_CYCLES + passes * inputs / COPY_BANDWIDTH)

@@ -35,18 +35,21 @@ _Clock = Callable[[], float]
 def measure(options: argparse.Namespace, clock: _Clock, peaks: dict[str, float]) -> dict[str, Any]:
     """Print a row per layer and the sums over the network; returns them.
 
-    ``adder``, ``fixed`` (the adder in 16-bit fixed point) and ``conv`` are this package's kernels in the blocked layout
-    of a compiled network, with scale, shift and ReLU. ``onnxruntime`` is a call of a model of one Conv and Relu, and includes the change of layout at its borders;
-    ``onnxruntime node`` is the time of the Conv alone by its profiler (wall time). ``torch`` is conv2d in the better of
-    its layouts.
+    ``adder``, ``fixed`` (in 16-bit fixed point, from AVX2 on) and ``conv`` are this package's kernels in the blocked
+    layout of a compiled network, with scale, shift and ReLU. ``onnxruntime`` is a call of a model of one Conv and Relu,
+    and includes the change of layout at its borders; ``onnxruntime node`` is the time of the Conv alone by its profiler
+    (wall time). ``torch`` is conv2d in the better of its layouts.
     """
     batch = options.batch or 1
     cache.use_threads(options.threads)
     peers = _peers() if options.peers else {}
-    rows, totals, shares = [], dict.fromkeys([*_COLUMNS, *peers], 0.0), []
+    host = Deployment.parse("cpu")
+    fixed = fixed_point.form_of(host.architecture, host.features) is not None
+    columns = [name for name in _COLUMNS if fixed or name != "fixed"]
+    rows, totals, shares = [], dict.fromkeys([*columns, *peers], 0.0), []
     print(f"{'layer, batch ' + str(batch):30}" + "".join(f"{name:>17}" for name in totals) + "   Gop/s; share of limit")
     for layer in RESNET50:
-        times = _layer_times(layer, batch, options, clock, peers)
+        times = _layer_times(layer, batch, options, clock, peers, fixed)
         speeds = {name: layer.ops(batch) / seconds / 1e9 for name, seconds in times.items()}
         totals = {name: totals[name] + layer.count * times[name] for name in totals}
         if "max_fma" in peaks:
@@ -63,7 +66,12 @@ def measure(options: argparse.Namespace, clock: _Clock, peaks: dict[str, float])
 
 
 def _layer_times(
-    layer: Layer, batch: int, options: argparse.Namespace, clock: _Clock, peers: dict[str, Callable[..., Tensor]]
+    layer: Layer,
+    batch: int,
+    options: argparse.Namespace,
+    clock: _Clock,
+    peers: dict[str, Callable[..., Tensor]],
+    fixed: bool,
 ) -> dict[str, float]:
     x = torch.randn(batch, layer.channels, layer.size, layer.size)
     weight = torch.randn(layer.outputs, layer.channels // layer.groups, layer.kernel, layer.kernel)
@@ -73,13 +81,14 @@ def _layer_times(
         sessions = [_session(layer, x.numpy(), weight.numpy(), options.threads, full) for full in (True, False)]
         calls: dict[str, Callable[[], object]] = {
             "adder": _compiled(layer, "max", x.numpy(), weight.numpy()),
-            "fixed": _compiled(layer, "fixed", x.numpy(), weight.numpy()),
             "conv": _compiled(layer, "conv", x.numpy(), weight.numpy()),
             "onnxruntime": sessions[0].call,
             "onnxruntime, plain layout": sessions[1].call,
             "torch": lambda: F.conv2d(x, weight, *arguments),
             "torch, channels last": lambda: F.conv2d(last, weight, *arguments),
         }
+        if fixed:
+            calls["fixed"] = _compiled(layer, "fixed", x.numpy(), weight.numpy())
         times = interleaved(calls, options.repeats, clock)
         times["onnxruntime node"] = min(session.node_seconds("Conv", "FusedConv") for session in sessions)
         # The slow ones apart, and once: they would empty the caches between the calls of the others.

@@ -34,7 +34,7 @@ from anncvt.runtime.kernels.tiling import Tiling, tiling
 
 #: Steps on either side of the middle of the range; one is left for the rounding of its ends.
 HALF = 32766
-#: Taps of one output whose maxima fit 32 bits.
+#: Taps of one output (channels that are added to fill a block included) whose maxima fit 32 bits.
 MOST_TAPS = 1 << 16
 #: Weights whose range is more than so many times their mean deviation lose digits: their layer stays in floats.
 MOST_SPREAD = 64.0
@@ -82,7 +82,8 @@ def suitable(layer: Layer, weight: np.ndarray, architecture: str, features: tupl
         return False
     low, high = _ends(weight)
     deviation = float(np.abs(weight - np.median(weight)).mean())
-    return weight[0].size <= MOST_TAPS and 0 < high - low <= MOST_SPREAD * deviation
+    _, depth, kh, kw = weight.shape
+    return blocks(depth) * LANES * kh * kw <= MOST_TAPS and 0 < high - low <= MOST_SPREAD * deviation
 
 
 def _ends(weight: np.ndarray) -> tuple[float, float]:

@@ -123,7 +123,7 @@ def converted(name: str, size: int) -> Program:
     collection, _, model = name.partition(":")
     torch.manual_seed(0)
     network = zoo.build(collection, model, {}).eval()
-    program = rewrite(plan(load(network, input_size=size, mean=(0.5,), std=(0.25,))))
+    program = rewrite(plan(load(network, input_size=size, mean=zoo.IMAGENET_MEAN, std=zoo.IMAGENET_STD)))
     for part in (program.teacher, program.student):
         assert part is not None
         for module in part.modules():

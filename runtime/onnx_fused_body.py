@@ -33,6 +33,13 @@ Lanes beyond the last channel are zero in x and in y."""
 _INTEGER_RESIDUAL_DOC = _INTEGER_DOC.replace("+ bias +", "+ bias + residual * residual_multiplier +").replace(
     "y: [", "residual and y: ["
 )
+_REQUANTISE_DOC = """y = clip((x * multiplier + bias + 2**(shift-1)) >> shift, low, high)
+
+x: [N, C, H, W] int32; multiplier: [C] int32; bias: [C] int64; y: [N, ceil(C/16), H, W, 16] uint8, lanes beyond
+the last channel zero. As in FusedAdderInteger2d."""
+_MAX_POOL_DOC = """MaxPool of x, [N, ceil(C/16), H, W, 16] uint8, over height and width; y is blocked as x is.
+
+kernel_shape, strides, dilations: height and width; pads: top, left, bottom, right."""
 
 
 def functions(opset: int) -> list[onnx.FunctionProto]:
@@ -50,7 +57,7 @@ def functions(opset: int) -> list[onnx.FunctionProto]:
 
 
 def integer_functions(opset: int) -> list[onnx.FunctionProto]:
-    """The same on uint8: ``BlockInteger``, ``UnblockInteger``, ``FusedAdderInteger2d`` and the one with a residual."""
+    """The same on uint8, all names with ``Integer``, and ``RequantiseInteger`` and ``MaxPoolInteger``."""
     window = "strides, pads, dilations, group: int = 1, pad_value: int = 0, shift, low, high"
     texts = {
         **_layouts("Integer"),
@@ -62,6 +69,11 @@ def integer_functions(opset: int) -> list[onnx.FunctionProto]:
             _fused_integer(residual=True),
             _INTEGER_RESIDUAL_DOC,
         ),
+        "RequantiseInteger <shift, low, high> (x, multiplier, bias) => (y)": (
+            _PER_CHANNEL + _requantised("x", residual=False),
+            _REQUANTISE_DOC,
+        ),
+        "MaxPoolInteger <kernel_shape, strides, pads, dilations> (x) => (y)": (_MAX_POOL, _MAX_POOL_DOC),
     }
     return _parse(texts, opset)
 
@@ -95,6 +107,21 @@ _CONSTANTS = {
 _CHANNELS = """
   channel_count = Constant <value_int: int = @channels> ()
   channels = Reshape (channel_count, one)
+"""
+_PER_CHANNEL = "  per_channel = Constant <value: tensor = int64[4] {1, -1, 1, 1}> ()\n"
+_MAX_POOL = """
+  planes = Transpose <perm: ints = [0, 1, 4, 2, 3]> (x)
+  batch = Shape <start: int = 0, end: int = 1> (x)
+  blocks = Shape <start: int = 1, end: int = 2> (x)
+  size = Shape <start: int = 2, end: int = 4> (x)
+  shape = Concat <axis: int = 0> (batch, rest, size)
+  all = Reshape (planes, shape)
+  pooled = MaxPool <kernel_shape: ints = @kernel_shape, strides: ints = @strides, pads: ints = @pads,
+                    dilations: ints = @dilations> (all)
+  new_size = Shape <start: int = 2, end: int = 4> (pooled)
+  new_shape = Concat <axis: int = 0> (batch, blocks, lanes, new_size)
+  split = Reshape (pooled, new_shape)
+  y = Transpose <perm: ints = [0, 1, 3, 4, 2]> (split)
 """
 
 
@@ -138,8 +165,7 @@ def _sums(op: str, *more: str) -> str:
   channels = Mul (depth, groups)
 {_unblock("x", "plain", "channels")}
   sums = {DOMAIN}.{op} <{", ".join([*given, *more])}> (plain, w)
-  per_channel = Constant <value: tensor = int64[4] {{1, -1, 1, 1}}> ()
-"""
+{_PER_CHANNEL}"""
 
 
 def _fused(residual: bool) -> str:
@@ -158,6 +184,10 @@ def _fused(residual: bool) -> str:
 
 
 def _fused_integer(residual: bool) -> str:
+    return _sums(INTEGER_OP_TYPE, "pad_value: int = @pad_value") + _requantised("sums", residual)
+
+
+def _requantised(sums: str, residual: bool) -> str:
     """ONNX shifts no signed integers, and its division drops fractions: so the sum is clamped before the shift."""
     added = f"""
 {_unblock("residual", "plain_residual", "filters")}
@@ -167,8 +197,7 @@ def _fused_integer(residual: bool) -> str:
   total = Add (rounded, share)
 """
     return f"""
-{_sums(INTEGER_OP_TYPE, "pad_value: int = @pad_value")}
-  wide_sums = Cast <to: int = 7> (sums)
+  wide_sums = Cast <to: int = 7> ({sums})
   wide_multiplier = Cast <to: int = 7> (multiplier)
   factors = Reshape (wide_multiplier, per_channel)
   offsets = Reshape (bias, per_channel)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 LIBRARY = "libanncvt_ort.so"
 FORMAT = 1
 SOURCES = Path(__file__).parent / "ort"
-#: Element type of the data and the weights of every op that the library has (numpy's names).
+#: Element type of the first two inputs (data, and weights or multipliers) of every op that the library has (numpy's
+#: names).
 OPS = {
     "Adder2d": "float32",
     "AdderInteger2d": "uint8",
@@ -41,6 +42,8 @@ OPS = {
     "FusedAdderInteger2dResidual": "uint8",
     "BlockInteger": "uint8",
     "UnblockInteger": "uint8",
+    "RequantiseInteger": "int32",
+    "MaxPoolInteger": "uint8",
 }
 #: Of the linker: only what others call is visible, so that nothing of it meets TVM's own runtime in a process.
 _EXPORTS = "{ global: RegisterCustomOps; anncvt_compiled_calls; local: *; };\n"

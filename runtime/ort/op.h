@@ -4,21 +4,21 @@
 
 #include "layer.h"
 
-enum { ADDER, BLOCK, UNBLOCK }; /* what an op does */
+enum { ADDER, BLOCK, UNBLOCK, REQUANTISE, MAX_POOL }; /* what an op does */
 enum { MOST_RANK = 5 };
 
 typedef struct {
   OrtCustomOp callbacks; /* first: onnxruntime hands out a pointer to it */
   int op, fused, residual;
-  int inputs, rank, type, result; /* type: of x and y, and of the weights */
+  int inputs, rank, type, result; /* type: of x and of the weights; result: of y */
   const char *name;
 } Op;
 
-static inline int of_integers(const Op *op) { return op->type == TYPE_UINT8; }
+static inline int of_integers(const Op *op) { return op->type != TYPE_FLOAT; }
 
 typedef struct {
   const Op *op;
-  Layer layer; /* sizes come with the input */
+  Layer layer; /* sizes come with the input; of a pool only the window */
   Epilogue epilogue;
   int64_t channels; /* of Unblock */
   uint8_t pad_value;
@@ -37,6 +37,9 @@ OrtStatus *dimensions_of(const OrtTensorTypeAndShapeInfo *info, Input *input);
 OrtStatus *take_weight(const Input *weight, Layer *layer); /* sets what belongs to the weights in the layer */
 OrtStatus *check_window(const Layer *layer);
 OrtStatus *check_size(const Layer *layer);
+
+/* between.c: ops that are no adders. */
+OrtStatus *compute_between(const Kernel *kernel, OrtKernelContext *context, const Input *inputs);
 
 /* What onnxruntime calls: of ops.c, and of shapes.c. */
 OrtStatus *create(const OrtCustomOp *callbacks, OrtApi *api, const OrtKernelInfo *info, void **made);

@@ -68,7 +68,7 @@ static OrtStatus *read_array(const OrtKernelInfo *info, const char *name, int64_
   OrtStatus *status = KernelInfoGetAttributeArray_int64(info, name, values, &found);
   if (!status && found == count) return NULL;
   if (status) ReleaseStatus(status);
-  return refuse("ai.anncvt: strides and dilations must have 2 entries, pads 4");
+  return refuse("ai.anncvt: kernel_shape, strides and dilations must have 2 entries, pads 4");
 }
 
 static OrtStatus *read_window(const OrtKernelInfo *info, Layer *layer) {
@@ -116,9 +116,13 @@ static OrtStatus *read_attributes(const OrtKernelInfo *info, Kernel *kernel) {
     TRY(KernelInfoGetAttribute_int64(info, "channels", &kernel->channels));
     return positive(&kernel->channels, 1) ? NULL : refuse("ai.anncvt: channels must be positive");
   }
-  TRY(read_window(info, &kernel->layer));
   kernel->epilogue.fused = op->fused;
   kernel->epilogue.residual = op->residual;
+  if (op->op == REQUANTISE) return read_integer_attributes(info, kernel);
+  if (op->op == MAX_POOL) TRY(read_array(info, "kernel_shape", kernel->layer.kernel, 2));
+  TRY(read_window(info, &kernel->layer));
+  if (op->op == MAX_POOL)
+    return positive(kernel->layer.kernel, 2) ? NULL : refuse("ai.anncvt: kernel_shape must be positive");
   if (of_integers(op)) return read_integer_attributes(info, kernel);
   if (!op->fused) return NULL;
   TRY(KernelInfoGetAttribute_float(info, "low", &kernel->epilogue.low));
@@ -345,28 +349,6 @@ static OrtStatus *run_adder(Call *call, OrtKernelContext *context, Scratch *scra
   return NULL;
 }
 
-static OrtStatus *change_layout(const Kernel *kernel, OrtKernelContext *context, const Input *x) {
-  const int to_blocks = kernel->op->op == BLOCK;
-  const int64_t *size = x->dimensions;
-  if (x->rank != kernel->op->rank || (!to_blocks && size[4] != LANES))
-    return refuse("ai.anncvt: Block takes [N, C, H, W], Unblock [N, ceil(C/16), H, W, 16]");
-  const int64_t channels = to_blocks ? size[1] : kernel->channels, pixels = size[2] * size[3];
-  if (!to_blocks && size[1] != blocks(channels)) return refuse("ai.anncvt: Unblock has other channels than x");
-  const int64_t shape[] = {size[0], to_blocks ? blocks(channels) : channels, size[2], size[3], LANES};
-  OrtValue *value;
-  char *y;
-  TRY(KernelContext_GetOutput(context, 0, shape, to_blocks ? 5 : 4, &value));
-  TRY(GetTensorMutableData(value, (void **)&y));
-  const int bytes = of_integers(kernel->op) ? 1 : 4;
-  const int64_t plain = channels * pixels * bytes, blocked = blocks(channels) * LANES * pixels * bytes;
-  for (int64_t image = 0; image < size[0]; ++image) {
-    const char *from = (const char *)x->data + image * (to_blocks ? plain : blocked);
-    char *to = y + image * (to_blocks ? blocked : plain);
-    TRY((to_blocks ? block : unblock)(context, from, to, channels, pixels, bytes));
-  }
-  return NULL;
-}
-
 OrtStatus *compute(void *memory, OrtKernelContext *context) {
   const Kernel *kernel = memory;
   Input inputs[MOST_RANK];
@@ -375,7 +357,7 @@ OrtStatus *compute(void *memory, OrtKernelContext *context) {
     TRY(KernelContext_GetInput(context, i, &value));
     TRY(describe(value, &inputs[i]));
   }
-  if (kernel->op->op != ADDER) return change_layout(kernel, context, inputs);
+  if (kernel->op->op != ADDER) return compute_between(kernel, context, inputs);
   Scratch scratch = {{NULL}, 0};
   Call call;
   memset(&call, 0, sizeof call);

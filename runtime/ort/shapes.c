@@ -48,7 +48,7 @@ OrtStatus *infer(const OrtCustomOp *callbacks, OrtShapeInferContext *context) {
   const int64_t *size = x.dimensions;
   if (x.rank != op->rank || !known(size + 1, op->rank - 1) || (size[0] < 1 && !*batch)) return NULL;
   int64_t shape[] = {size[0], size[1], size[2], size[3], LANES};
-  if (op->op == BLOCK) {
+  if (op->op == BLOCK || op->op == REQUANTISE) {
     shape[1] = blocks(size[1]);
     return set_shape(context, op->result, shape, 5, batch);
   }
@@ -58,18 +58,22 @@ OrtStatus *infer(const OrtCustomOp *callbacks, OrtShapeInferContext *context) {
   }
   Layer layer;
   memset(&layer, 0, sizeof layer);
-  TRY(input_shape(context, 1, &weight, &unused));
-  if (weight.rank != 4 || !known(weight.dimensions, 4)) return NULL;
+  if (op->op == MAX_POOL) {
+    TRY(shape_attribute(context, "kernel_shape", layer.kernel, 2));
+  } else {
+    TRY(input_shape(context, 1, &weight, &unused));
+    if (weight.rank != 4 || !known(weight.dimensions, 4)) return NULL;
+  }
   TRY(shape_attribute(context, "strides", layer.strides, 2));
   TRY(shape_attribute(context, "pads", layer.pads, 4));
   TRY(shape_attribute(context, "dilations", layer.dilations, 2));
   layer.groups = 1; /* the size does not depend on it */
   TRY(check_window(&layer));
-  TRY(take_weight(&weight, &layer));
+  if (op->op != MAX_POOL) TRY(take_weight(&weight, &layer));
   layer.height = size[2];
   layer.width = size[3];
   TRY(check_size(&layer));
-  shape[1] = op->rank == 5 ? blocks(layer.outputs) : layer.outputs;
+  if (op->op != MAX_POOL) shape[1] = op->rank == 5 ? blocks(layer.outputs) : layer.outputs;
   shape[2] = out_height(&layer);
   shape[3] = out_width(&layer);
   return set_shape(context, op->result, shape, op->rank, batch);

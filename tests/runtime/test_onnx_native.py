@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from anncvt.runtime import integer, onnx_native, reference
 from anncvt.runtime.geometry import expand_padding
 from anncvt.runtime.integer import Epilogue, Window
 from anncvt.runtime.kernels import ort_library
+from anncvt.runtime.onnx_fused_body import integer_functions
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
@@ -321,6 +323,57 @@ def test_any_fused_integer_layer(loops, case, data):
     )
     model, inputs, expected = fused_integers(case, end, residual=data.draw(st.booleans()))
     np.testing.assert_array_equal(native_session(model, loops).run(None, inputs)[0], expected)
+
+
+def assert_native_and_by_definition(model, loops, x, expected):
+    """The op of one node, in the library and as its definition says."""
+    (y,) = native_session(model, loops, threads=2).run(None, {"x": x})
+    np.testing.assert_array_equal(y, expected, strict=True)
+    model.functions.extend(integer_functions(18))
+    stock = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(stock.run(None, {"x": x})[0], expected, strict=True)
+
+
+@pytest.mark.parametrize("case", [LAYERS[0], LAYERS[3], LAYERS[6]], ids=str)
+def test_requantisation(loops, case):
+    """Of more pixels than a task has, and of sums that leave the range."""
+    end = dataclasses.replace(spread(case, low=3, high=250), multiplier=spread(case).multiplier * 3)
+    sums = -np.random.default_rng(0).integers(0, 1 << 15, (2, case.outputs * case.groups, 19, 17)).astype(np.int32)
+    constants = {"multiplier": end.multiplier, "bias": end.bias}
+    bounds = {"shift": end.shift, "low": end.low, "high": end.high}
+    model = node_model("RequantiseInteger", {"x": sums}, constants, bounds, "uint8")
+    assert_native_and_by_definition(model, loops, sums, to_blocks(end.apply(sums, None)))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "window"),
+    [
+        ((3, 3), Window((2, 2), (1, 1, 1, 1))),
+        ((2, 3), Window((1, 3), (0, 1, 1, 0), (2, 1))),
+        ((1, 1), Window()),
+    ],
+    ids=["of a ResNet", "uneven", "one"],
+)
+def test_max_pool(loops, kernel, window):
+    x = np.random.default_rng(0).integers(0, 256, (2, 37, 9, 8)).astype(np.uint8)
+    settings = {**attributes(window), "kernel_shape": list(kernel)}
+    del settings["group"]
+    model = node_model("MaxPoolInteger", {"x": to_blocks(x)}, {}, settings, "uint8")
+    assert_native_and_by_definition(model, loops, to_blocks(x), to_blocks(integer.max_pool(x, kernel, window)))
+
+
+def test_refuses_other_constants_and_windows(loops):
+    sums = np.zeros((1, 3, 2, 2), np.int32)
+    constants = {"multiplier": np.ones(2, np.int32), "bias": np.zeros(3, np.int64)}
+    model = node_model("RequantiseInteger", {"x": sums}, constants, {"shift": 1, "low": 0, "high": 255}, "uint8")
+    with pytest.raises(Exception, match=r"for each channel must be \[C\]"):
+        native_session(model, loops).run(None, {"x": sums})
+    x = np.zeros((1, 1, 2, 2, 16), np.uint8)
+    given_attributes = {"strides": [1, 1], "pads": [0] * 4, "dilations": [1, 1]}
+    for kernel, said in [([3, 3], "smaller than the window"), ([0, 1], "must be positive"), ([1], "2 entries")]:
+        model = node_model("MaxPoolInteger", {"x": x}, {}, {**given_attributes, "kernel_shape": kernel}, "uint8")
+        with pytest.raises(Exception, match=said):
+            native_session(model, loops).run(None, {"x": x})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,96 @@
+/* Ops between adders: changes of layout, the end of sums that standard operators made, pooling. */
+#include <string.h>
+
+#include "op.h"
+
+static OrtStatus *change_layout(const Kernel *kernel, OrtKernelContext *context, const Input *x) {
+  const int to_blocks = kernel->op->op == BLOCK;
+  const int64_t *size = x->dimensions;
+  if (x->rank != kernel->op->rank || (!to_blocks && size[4] != LANES))
+    return refuse("ai.anncvt: Block takes [N, C, H, W], Unblock [N, ceil(C/16), H, W, 16]");
+  const int64_t channels = to_blocks ? size[1] : kernel->channels, pixels = size[2] * size[3];
+  if (!to_blocks && size[1] != blocks(channels)) return refuse("ai.anncvt: Unblock has other channels than x");
+  const int64_t shape[] = {size[0], to_blocks ? blocks(channels) : channels, size[2], size[3], LANES};
+  OrtValue *value;
+  char *y;
+  TRY(KernelContext_GetOutput(context, 0, shape, to_blocks ? 5 : 4, &value));
+  TRY(GetTensorMutableData(value, (void **)&y));
+  const int bytes = of_integers(kernel->op) ? 1 : 4;
+  const int64_t plain = channels * pixels * bytes, blocked = blocks(channels) * LANES * pixels * bytes;
+  for (int64_t image = 0; image < size[0]; ++image) {
+    const char *from = (const char *)x->data + image * (to_blocks ? plain : blocked);
+    char *to = y + image * (to_blocks ? blocked : plain);
+    TRY((to_blocks ? block : unblock)(context, from, to, channels, pixels, bytes));
+  }
+  return NULL;
+}
+
+static OrtStatus *requantise(const Kernel *kernel, OrtKernelContext *context, const Input *inputs) {
+  const int64_t *size = inputs[0].dimensions;
+  if (inputs[0].rank != kernel->op->rank) return refuse("ai.anncvt: RequantiseInteger takes [N, C, H, W]");
+  for (int i = 1; i < 3; ++i)
+    if (inputs[i].rank != 1 || inputs[i].dimensions[0] != size[1])
+      return refuse("ai.anncvt: what RequantiseInteger has for each channel must be [C]");
+  const Layer sums = {size[1], size[2], size[3], size[1], {1, 1}, {1, 1}, {0}, {1, 1}, 1};
+  const int64_t shape[] = {size[0], blocks(size[1]), size[2], size[3], LANES};
+  const int64_t step = size[1] * size[2] * size[3], out_step = shape[1] * size[2] * size[3] * LANES;
+  OrtValue *value;
+  uint8_t *y;
+  TRY(KernelContext_GetOutput(context, 0, shape, 5, &value));
+  TRY(GetTensorMutableData(value, (void **)&y));
+  for (int64_t image = 0; image < size[0]; ++image)
+    TRY(fuse_integer(context, &sums, &kernel->epilogue, (const int32_t *)inputs[0].data + image * step, inputs[1].data,
+                     inputs[2].data, NULL, y + image * out_step));
+  return NULL;
+}
+
+typedef struct {
+  Layer window;
+  const uint8_t *x;
+  uint8_t *y;
+} Pool;
+
+/* A row of the result; padding never wins. */
+static void pool_row(void *data, size_t task) {
+  const Pool *pool = data;
+  const Layer *window = &pool->window;
+  const int64_t height = out_height(window), width = out_width(window);
+  const int64_t plane = (int64_t)task / height, row = (int64_t)task % height;
+  const uint8_t *x = pool->x + plane * window->height * window->width * LANES;
+  uint8_t *y = pool->y + (int64_t)task * width * LANES;
+  memset(y, 0, width * LANES);
+  for (int64_t r = 0; r < window->kernel[0]; ++r) {
+    const int64_t line = row * window->strides[0] + r * window->dilations[0] - window->pads[0];
+    if (line < 0 || line >= window->height) continue;
+    for (int64_t j = 0; j < width; ++j)
+      for (int64_t s = 0; s < window->kernel[1]; ++s) {
+        const int64_t column = j * window->strides[1] + s * window->dilations[1] - window->pads[1];
+        if (column < 0 || column >= window->width) continue;
+        const uint8_t *from = x + (line * window->width + column) * LANES;
+        for (int lane = 0; lane < LANES; ++lane)
+          y[j * LANES + lane] = y[j * LANES + lane] > from[lane] ? y[j * LANES + lane] : from[lane];
+      }
+  }
+}
+
+static OrtStatus *max_pool(const Kernel *kernel, OrtKernelContext *context, const Input *x) {
+  const int64_t *size = x->dimensions;
+  if (x->rank != kernel->op->rank || size[4] != LANES)
+    return refuse("ai.anncvt: MaxPoolInteger takes [N, ceil(C/16), H, W, 16]");
+  Pool pool = {kernel->layer, x->data, NULL};
+  pool.window.channels = size[1] * LANES;
+  pool.window.height = size[2];
+  pool.window.width = size[3];
+  TRY(check_size(&pool.window));
+  const int64_t shape[] = {size[0], size[1], out_height(&pool.window), out_width(&pool.window), LANES};
+  OrtValue *value;
+  TRY(KernelContext_GetOutput(context, 0, shape, 5, &value));
+  TRY(GetTensorMutableData(value, (void **)&pool.y));
+  return parallel(context, shape[0] * shape[1] * shape[2], pool_row, &pool);
+}
+
+OrtStatus *compute_between(const Kernel *kernel, OrtKernelContext *context, const Input *inputs) {
+  if (kernel->op->op == REQUANTISE) return requantise(kernel, context, inputs);
+  if (kernel->op->op == MAX_POOL) return max_pool(kernel, context, inputs);
+  return change_layout(kernel, context, inputs);
+}

@@ -529,6 +529,7 @@ def run(
     *,
     backend: str = "torch",
     integers: bool = False,
+    device: str = "cpu",
     top: int = 5,
     progress: Progress = SILENT,
 ) -> list[dict[str, Any]]:
@@ -537,9 +538,10 @@ def run(
     Args:
         backend: "torch", "onnxruntime" (what ``export`` wrote) or "tvm" (what ``compile`` wrote).
         integers: run the integer network; ``export`` and ``compile`` with ``integers`` write it for the other two.
+        device: "cpu", "cuda" or "auto", for floats in torch.
 
     Raises:
-        AnncvtError: a picture cannot be read, or the backend has nothing to run.
+        AnncvtError: a picture cannot be read, there is no such device, or the backend has nothing to run.
     """
     from anncvt.predict import predict
     from anncvt.runtime.check import exported_file
@@ -549,7 +551,10 @@ def run(
     files = {"onnxruntime": (ONNX, INTEGER_ONNX), "tvm": (LIBRARY, INTEGER_LIBRARY)}
     name = files[backend][integers] if backend in files else None
     path = None if name is None else exported_file(program, name)
-    return predict(program, pictures, backend=backend, path=path, integers=integers, top=top, progress=progress)
+    where = devices.choose(device)
+    return predict(
+        program, pictures, backend=backend, path=path, integers=integers, device=where, top=top, progress=progress
+    )
 
 
 def bench(
@@ -559,6 +564,7 @@ def bench(
     threads: int | None = None,
     repeats: int = 50,
     seconds: float = 60,
+    device: str = "cpu",
     teacher_in_tvm: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
@@ -581,6 +587,7 @@ def bench(
         threads=threads,
         repeats=repeats,
         seconds=seconds,
+        device=devices.choose(device),
         teacher_in_tvm=teacher_in_tvm,
         progress=progress,
     )

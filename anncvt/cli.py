@@ -334,14 +334,15 @@ def check(folder: str, onnx_path: str | None, so_path: str | None, int8: bool, l
 )
 @click.option("--int8", is_flag=True, help="Run the integer network.")
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="So many classes.")
+@options.device
 @options.threads
 @options.common
-def run(folder: str, inputs: tuple[str, ...], backend: str, int8: bool, top: int) -> None:
+def run(folder: str, inputs: tuple[str, ...], backend: str, int8: bool, top: int, device: str) -> None:
     """Classify pictures."""
     from anncvt import api, report
 
     with working() as progress:
-        found = api.run(folder, inputs, backend=backend, integers=int8, top=top, progress=progress)
+        found = api.run(folder, inputs, backend=backend, integers=int8, device=device, top=top, progress=progress)
     answer({"backend": backend, "images": found}, report.predictions(found))
 
 
@@ -351,19 +352,27 @@ def run(folder: str, inputs: tuple[str, ...], backend: str, int8: bool, top: int
 @click.option("--repeats", type=click.IntRange(1), default=50, show_default=True, help="Timed calls of each network.")
 @click.option("--budget", type=options.Duration(), default="1m", show_default=True, help="Time for all calls together.")
 @click.option("--teacher-tvm", "teacher_in_tvm", is_flag=True, help="Compile the CNN with TVM and time that, too.")
+@options.device
 @options.threads
 @options.common
-def bench(folder: str, batch: int, repeats: int, budget: float, teacher_in_tvm: bool) -> None:
+def bench(folder: str, batch: int, repeats: int, budget: float, teacher_in_tvm: bool, device: str) -> None:
     """Time an adder network against its CNN.
 
     In torch, onnxruntime (with the native library, too, if the folder has it) and TVM, in floats and (of what
-    `export --int8` and `compile --int8` wrote, and of the CNN quantized by onnxruntime) in integers.
+    `export --int8` and `compile --int8` wrote, and of the CNN quantized by onnxruntime) in integers. On a GPU (--device
+    cuda) in torch, in floats.
     """
     from anncvt import api, report
 
     with working() as progress:
         result = api.bench(
-            folder, batch=batch, repeats=repeats, seconds=budget, teacher_in_tvm=teacher_in_tvm, progress=progress
+            folder,
+            batch=batch,
+            repeats=repeats,
+            seconds=budget,
+            device=device,
+            teacher_in_tvm=teacher_in_tvm,
+            progress=progress,
         )
     answer(result, report.latency(result))
 

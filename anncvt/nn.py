@@ -28,6 +28,12 @@ def channels_first(module: nn.Module, x: Tensor) -> Tensor:
     return x.movedim(-1, 1) if isinstance(module, (LastNorm, AdderLinear)) else x
 
 
+def op_padding(sides: tuple[tuple[int, int], ...]) -> list[int]:
+    """Per dimension (before, after), as the op takes it."""
+    (top, bottom), (left, right) = sides
+    return [top, left] if (top, left) == (bottom, right) else [top, left, bottom, right]
+
+
 class _AdderNd(nn.Module):
     """Shared by all: parameters, padding, bias, optional norm. ``weight`` is ``[O, C/groups, *kernel_size]``."""
 
@@ -126,13 +132,16 @@ class _AdderNd(nn.Module):
 
     def response(self, x: Tensor, *, is_padded: bool = False) -> Tensor:
         """The adder's own output (with its bias), before a norm of its own. ``is_padded``: ``x`` comes padded."""
-        if self.padding_mode == "zeros" and not is_padded:
-            y = self._adder(x, self.sides_for(x))
-        else:
-            y = self._adder(x if is_padded else self.padded(x), ((0, 0),) * self.ndim)
+        y = self._adder(x, ((0, 0),) * self.ndim) if is_padded else self._adder(*self.operand(x))
         if self.bias is not None:
             y = y + self.bias.view(-1, *(1,) * self.ndim)
         return y
+
+    def operand(self, x: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+        """What the op gets for ``x``, and the zeros around it per dimension (before, after)."""
+        if self.padding_mode == "zeros":
+            return x, self.sides_for(x)
+        return self.padded(x), ((0, 0),) * self.ndim
 
     def padded(self, x: Tensor) -> Tensor:
         """``x`` with the layer's padding around it."""
@@ -166,9 +175,8 @@ class _AdderNd(nn.Module):
         padding: tuple[tuple[int, int], ...],
         dilation: tuple[int, ...],
     ) -> Tensor:
-        (top, bottom), (left, right) = padding
-        sides = [top, left] if (top, left) == (bottom, right) else [top, left, bottom, right]
-        return torch.ops.anncvt.adder2d(x, weight, list(stride), sides, list(dilation), self.groups, self.gradient)
+        geometry = (list(stride), op_padding(padding), list(dilation), self.groups)
+        return torch.ops.anncvt.adder2d(x, weight, *geometry, self.gradient)
 
 
 class AdderConv2d(_AdderNd):

@@ -308,6 +308,17 @@ def hardware(command: Command) -> Command:
     )(command)
 
 
+def device(command: Command) -> Command:
+    """--device of a network that only runs."""
+    return click.option(
+        "--device",
+        type=click.Choice(DEVICES),
+        default="cpu",
+        show_default=True,
+        help="Where torch runs it. auto: on an NVIDIA GPU where there is one.",
+    )(command)
+
+
 def threads(command: Command) -> Command:
     """--threads."""
     return click.option(

@@ -27,6 +27,7 @@ def predict(
     backend: str = "torch",
     path: Path | None = None,
     integers: bool = False,
+    device: torch.device | str = "cpu",
     top: int = 5,
     progress: Progress = SILENT,
 ) -> list[dict[str, Any]]:
@@ -36,6 +37,7 @@ def predict(
         backend: one of :data:`BACKENDS`.
         path: the exported or compiled network, for the backends that run one.
         integers: run the integer network.
+        device: where torch runs floats; everything else runs on the CPU.
         top: how many classes.
 
     Raises:
@@ -43,7 +45,14 @@ def predict(
     """
     if backend not in BACKENDS:
         raise AnncvtError(f"no such backend: {backend!r}", fix=f"choose one of {', '.join(BACKENDS)}")
-    network = _integers(program, backend, path) if integers else _floats(program, backend, path)
+    device = torch.device(device)
+    if device.type != "cpu" and (integers or backend != "torch"):
+        what = "integer networks run" if integers else f"{backend} runs"
+        raise AnncvtError(f"{what} on the CPU, not on {device}", fix="leave out --device, or run floats in torch")
+    if integers:
+        network = _integers(program, backend, path)
+    else:
+        network = _normalised(program, _network(program, backend, path, device, progress))
     found = []
     with progress.task("running", len(pictures)) as task:
         for picture in pictures:
@@ -55,10 +64,6 @@ def predict(
 
 #: Pixels ``[1, C, H, W]`` uint8 -> scores.
 Runner = Callable[[torch.Tensor], np.ndarray]
-
-
-def _floats(program: Program, backend: str, path: Path | None) -> Runner:
-    return _normalised(program, _network(program, backend, path))
 
 
 def _integers(program: Program, backend: str, path: Path | None) -> Runner:
@@ -78,17 +83,15 @@ def _normalised(program: Program, network: Callable[[np.ndarray], np.ndarray]) -
     return lambda pixels: network(normalise(pixels, program.preprocess).numpy())
 
 
-def _network(program: Program, backend: str, path: Path | None) -> Callable[[np.ndarray], np.ndarray]:
+def _network(
+    program: Program, backend: str, path: Path | None, device: torch.device, progress: Progress
+) -> Callable[[np.ndarray], np.ndarray]:
     if backend == "torch":
-        student = program.student
-        if student is None:
+        from anncvt.runtime.torch_runner import runner
+
+        if program.student is None:
             raise AnncvtError("there is no adder network to run", fix="`anncvt convert MODEL -o DIR` first")
-
-        def run(image: np.ndarray) -> np.ndarray:
-            with torch.inference_mode():
-                return student.eval()(torch.from_numpy(image)).numpy()
-
-        return run
+        return runner(program.student, device, progress)
     if backend == "onnxruntime":
         return _session(path, program, "export DIR")
     return _loaded(path, program, "compile DIR")

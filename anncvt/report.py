@@ -131,7 +131,8 @@ def _equal(same: bool) -> str:
 def latency(result: dict[str, Any]) -> RenderableType:
     """What :func:`anncvt.bench` returns, the fastest first."""
     columns = {"p50": "median ms", "p90": "90% ms", "p99": "99% ms", "rate": "images/s", "memory": "MB"}
-    ratios = {"ratio": "of CNN in onnxruntime", "integers": "of its int8 CNN"}
+    on_cpu = result["settings"].get("device", "cpu") == "cpu"
+    ratios = {"ratio": f"of CNN in {'onnxruntime' if on_cpu else 'torch'}", "integers": "of its int8 CNN"}
     table = _table("network", backend=False, dtype=False, **columns, **ratios)
     for row in sorted(result["rows"], key=lambda row: row["p50_ms"]):
         table.add_row(

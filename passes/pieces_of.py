@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anncvt.nn import AdderConv2d, AdderLinear, _AdderNd
+from anncvt.passes.joining import Joining, Limits, Line, Same, Sum, Unjoinable, argument, joining, line, source_of
 from anncvt.passes.pieces import Fuser, Pieces, flat_graph, node_values, refused
 from anncvt.program import Program
 from anncvt.runtime.integer import Window
@@ -52,29 +53,40 @@ def _finish(fuser: Fuser, node: fx.Node) -> None:
 
 
 def _add(fuser: Fuser, node: fx.Node, network: nn.Module) -> None:
+    try:
+        joined = joining(node, network)
+        if joined is not None:
+            _join(fuser, node, joined)
+        else:
+            _begin(fuser, node, network)
+    except Unjoinable as error:
+        raise refused(node, str(error)) from None
+
+
+def _join(fuser: Fuser, node: fx.Node, joined: Joining) -> None:
+    match joined:
+        case Line(source, scale, shift):
+            fuser.affine(node, source, scale, shift)
+        case Limits(source, low, high):
+            fuser.clip(node, source, low, high)
+        case Sum(first, second):
+            fuser.add(node, first, second)
+        case Same(source):
+            fuser.same(node, source)
+
+
+def _begin(fuser: Fuser, node: fx.Node, network: nn.Module) -> None:
     if node.op == "call_module":
         module = network.get_submodule(str(node.target))
         for kind, handler in _MODULES:
             if isinstance(module, kind):
-                handler(fuser, node, _tensor(node), module)
+                handler(fuser, node, source_of(node), module)
                 return
         raise refused(node, f"is a {type(module).__name__}")
     function = _METHODS.get(str(node.target)) if node.op == "call_method" else _FUNCTIONS.get(cast(Any, node.target))
     if function is None:
         raise refused(node, "is not an operator that integer networks have")
     function(fuser, node)
-
-
-def _tensor(node: fx.Node) -> fx.Node:
-    """The tensor an operator works on."""
-    source = node.args[0] if node.args else node.kwargs.get("input")
-    if not isinstance(source, fx.Node):
-        raise refused(node, "works on no tensor of the network")
-    return source
-
-
-def _argument(node: fx.Node, at: int, name: str, default: Any = None) -> Any:
-    return node.args[at] if len(node.args) > at else node.kwargs.get(name, default)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -101,7 +113,7 @@ def _adder(fuser: Fuser, node: fx.Node, source: fx.Node, module: _AdderNd) -> No
     _layer(fuser, node, source, "adder", module, window)
     if module.norm is not None:
         piece = fuser.pieces[fuser.tensors[node]]
-        scale, shift = _line(cast(_BatchNorm, module.norm))
+        scale, shift = line(cast(_BatchNorm, module.norm))
         assert piece.scale is not None and piece.shift is not None
         piece.scale, piece.shift = piece.scale * scale, piece.shift * scale + shift
 
@@ -137,57 +149,9 @@ def _layer(fuser: Fuser, node: fx.Node, source: fx.Node, op: str, module: Any, w
     fuser.begin(node, op, source, window=window, kernel=kernel, weight=weight, scale=scale, shift=shift)
 
 
-def _norm(fuser: Fuser, node: fx.Node, source: fx.Node, module: _BatchNorm) -> None:
-    if module.running_mean is None:
-        raise refused(node, "is a BatchNorm without running statistics")
-    fuser.affine(node, source, *_line(module))
-
-
-def _line(bn: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """A BatchNorm in eval mode as ``scale * x + shift``."""
-    assert bn.running_mean is not None and bn.running_var is not None
-    scale = 1 / torch.sqrt(_double(bn.running_var) + bn.eps)
-    if bn.weight is not None:
-        scale = scale * _double(bn.weight)
-    shift = -scale * _double(bn.running_mean)
-    return scale, shift if bn.bias is None else shift + _double(bn.bias)
-
-
-def _clip(low: float, high: float) -> Callable[..., None]:
-    def handler(fuser: Fuser, node: fx.Node, source: fx.Node | None = None, module: Any = None) -> None:
-        fuser.clip(node, source or _tensor(node), low, high)
-
-    return handler
-
-
-def _clamp(fuser: Fuser, node: fx.Node, low: Any, high: Any) -> None:
-    if not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
-        raise refused(node, "clamps to something else than numbers")
-    fuser.clip(node, _tensor(node), -math.inf if low is None else low, math.inf if high is None else high)
-
-
-def _clamp_function(fuser: Fuser, node: fx.Node) -> None:
-    _clamp(fuser, node, _argument(node, 1, "min"), _argument(node, 2, "max"))
-
-
-def _hardtanh_function(fuser: Fuser, node: fx.Node) -> None:
-    _clamp(fuser, node, _argument(node, 1, "min_val", -1.0), _argument(node, 2, "max_val", 1.0))
-
-
-def _same(fuser: Fuser, node: fx.Node, source: fx.Node | None = None, module: Any = None) -> None:
-    fuser.same(node, source or _tensor(node))
-
-
-def _sum(fuser: Fuser, node: fx.Node) -> None:
-    first, second = (node.args + tuple(node.kwargs.values()))[:2]
-    if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or node.kwargs.get("alpha", 1) != 1:
-        raise refused(node, "adds something else than two tensors")
-    fuser.add(node, first, second)
-
-
 def _mean(fuser: Fuser, node: fx.Node) -> None:
-    dims = _argument(node, 1, "dim")
-    source = _tensor(node)
+    dims = argument(node, 1, "dim")
+    source = source_of(node)
     ndim = fuser.values[source].ndim
     if ndim != 4 or not isinstance(dims, (tuple, list)) or sorted(d % 4 for d in dims) != [2, 3]:
         raise refused(node, "is a mean over other dimensions than height and width")
@@ -252,15 +216,15 @@ def _pool_module(handler: _Pool, options: dict[str, Any]) -> Callable[..., None]
 
 def _pool_function(handler: _Pool, options: dict[str, Any]) -> Callable[..., None]:
     def from_call(fuser: Fuser, node: fx.Node) -> None:
-        given = {name: _argument(node, at, name, default) for at, (name, default) in enumerate(options.items(), 1)}
-        handler(fuser, node, _tensor(node), given)
+        given = {name: argument(node, at, name, default) for at, (name, default) in enumerate(options.items(), 1)}
+        handler(fuser, node, source_of(node), given)
 
     return from_call
 
 
 def _reshape(fuser: Fuser, node: fx.Node, source: fx.Node | None = None, module: Any = None) -> None:
     """Any view that keeps the batch: ``[N, C, H, W]`` to ``[N, C*H*W]``, or nothing but ones appear or vanish."""
-    source = source or _tensor(node)
+    source = source or source_of(node)
     before, after = fuser.shape(source), fuser.shape(node)
     if fuser.values[source].shape[0] != fuser.values[node].shape[0] or after not in (before, (math.prod(before), 1, 1)):
         raise refused(node, "is another view than flattening to a row an image")
@@ -271,8 +235,8 @@ def _reshape(fuser: Fuser, node: fx.Node, source: fx.Node | None = None, module:
 
 
 def _pad(fuser: Fuser, node: fx.Node) -> None:
-    sides, mode, value = (_argument(node, *a) for a in ((1, "pad"), (2, "mode", "constant"), (3, "value", 0)))
-    _zeros(fuser, node, _tensor(node), sides, mode == "constant" and not value)
+    sides, mode, value = (argument(node, *a) for a in ((1, "pad"), (2, "mode", "constant"), (3, "value", 0)))
+    _zeros(fuser, node, source_of(node), sides, mode == "constant" and not value)
 
 
 def _pad_module(fuser: Fuser, node: fx.Node, source: fx.Node, module: nn.ConstantPad2d) -> None:
@@ -296,45 +260,29 @@ def _item(fuser: Fuser, node: fx.Node) -> None:
     ends = [part.stop is None for part in index if isinstance(part, slice)]
     if index[:2] != (whole, whole) or len(steps) != 2 or len(ends) != 4 or not all(ends) or min(steps) < 1:
         raise refused(node, "takes a part of a tensor other than every n-th pixel")
-    fuser.begin(node, "slice", _tensor(node), window=Window(stride=(steps[0], steps[1])))
+    fuser.begin(node, "slice", source_of(node), window=Window(stride=(steps[0], steps[1])))
 
 
 _MODULES: list[tuple[Any, Callable[..., None]]] = [
     (_AdderNd, _adder),
     (nn.Conv2d, _convolution),
     (nn.Linear, _linear),
-    ((nn.BatchNorm1d, nn.BatchNorm2d), _norm),
-    (nn.ReLU6, _clip(0.0, 6.0)),
-    (nn.ReLU, _clip(0.0, math.inf)),
-    (nn.Hardtanh, lambda fuser, node, source, module: fuser.clip(node, source, module.min_val, module.max_val)),
-    ((nn.Identity, nn.Dropout, nn.Dropout2d), _same),
     (nn.Flatten, _reshape),
     (nn.AdaptiveAvgPool2d, lambda fuser, node, source, module: _adaptive(fuser, node, source)),
     (nn.AvgPool2d, _pool_module(_average_pool, _AVERAGE)),
     (nn.MaxPool2d, _pool_module(_max_pool, _MAX)),
     (nn.ConstantPad2d, _pad_module),
 ]
-_RELU, _RELU6 = _clip(0.0, math.inf), _clip(0.0, 6.0)
 _FUNCTIONS: dict[Any, Callable[[Fuser, fx.Node], None]] = {
-    **dict.fromkeys((F.relu, torch.relu, torch.relu_), _RELU),
-    F.relu6: _RELU6,
-    F.hardtanh: _hardtanh_function,
-    **dict.fromkeys((torch.clamp, torch.clip), _clamp_function),
-    **dict.fromkeys((operator.add, operator.iadd, torch.add), _sum),
     torch.mean: _mean,
     **dict.fromkeys((torch.flatten, torch.reshape, torch.squeeze), _reshape),
-    F.adaptive_avg_pool2d: lambda fuser, node: _adaptive(fuser, node, _tensor(node)),
+    F.adaptive_avg_pool2d: lambda fuser, node: _adaptive(fuser, node, source_of(node)),
     **dict.fromkeys((F.avg_pool2d, torch._C._nn.avg_pool2d), _pool_function(_average_pool, _AVERAGE)),
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _pool_function(_max_pool, _MAX)),
-    **dict.fromkeys((F.dropout, F.dropout2d), _same),
     **dict.fromkeys((F.pad, torch._C._nn.pad), _pad),
     operator.getitem: _item,
 }
 _METHODS: dict[str, Callable[[Fuser, fx.Node], None]] = {
-    **dict.fromkeys(("relu", "relu_"), _RELU),
-    **dict.fromkeys(("clamp", "clamp_", "clip"), _clamp_function),
-    **dict.fromkeys(("add", "add_"), _sum),
     "mean": _mean,
     **dict.fromkeys(("flatten", "view", "reshape", "squeeze"), _reshape),
-    "contiguous": _same,
 }

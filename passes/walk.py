@@ -103,7 +103,7 @@ def execute(node: fx.Node, network: nn.Module, values: Values, shared: Container
 
     def value(source: fx.Node) -> Any:
         found = values[source]
-        if isinstance(found, Tensor) and storage(found) in shared and _may_change_inputs(node, module):
+        if isinstance(found, Tensor) and storage(found) in shared and may_change_inputs(node, module):
             return found.clone(memory_format=torch.preserve_format)
         return found
 
@@ -118,7 +118,8 @@ def execute(node: fx.Node, network: nn.Module, values: Values, shared: Container
     return getattr(network.get_submodule(owner), leaf)
 
 
-def _may_change_inputs(node: fx.Node, module: nn.Module | None) -> bool:
+def may_change_inputs(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether an operator may work on its inputs in place; ``module``: the one that it calls."""
     if module is not None:
         known = type(module).__module__.startswith("torch.nn.") or not any(True for _ in module.children())
         return bool(getattr(module, "inplace", False)) or not known

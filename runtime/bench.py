@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,10 +17,14 @@ from anncvt.progress import SILENT, Progress
 from anncvt.runtime.contestants import Call, Contestant, Contestants, reduced_range
 from anncvt.runtime.resident import peak_of
 
+if TYPE_CHECKING:
+    import torch
+
 #: Timed calls of one network in a row, after an untimed one that brings its weights back into the cache.
 BURST = 3
-#: What times are compared with, at either precision.
+#: What times are compared with, at either precision, and on GPUs.
 BASE = {dtype: ("teacher", "onnxruntime", dtype) for dtype in ("float32", "int8")}
+BASE_ON_GPU = {"float32": ("teacher", "torch", "float32")}
 
 
 def bench(
@@ -33,10 +37,11 @@ def bench(
     onnx_path: str | Path | None = None,
     so_path: str | Path | None = None,
     integer_path: str | Path | None = None,
+    device: torch.device | str = "cpu",
     teacher_in_tvm: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Time student and teacher on random images on the CPU.
+    """Time student and teacher on random images.
 
     The contestants take turns in short bursts, so that whatever else the machine does meets all of them alike.
 
@@ -49,6 +54,7 @@ def bench(
         onnx_path, so_path, integer_path: the student's files. None: those of the program's folder; without a
             ``model.onnx`` one is exported for the occasion, what was not compiled is left out. Exported integers and
             the native library for onnxruntime take part where the folder has them.
+        device: of torch. On another than the CPU torch alone takes part; copies to and fro are timed, too.
         teacher_in_tvm: compile the CNN for the occasion and time it in TVM, too.
 
     Returns:
@@ -57,8 +63,8 @@ def bench(
         "batch", "threads", "runs", "p50_ms", "p90_ms", "p99_ms", "images_per_second", "memory_mb", "ratio",
         "ratio_int8"}``: percentiles of one call, images per second at the median, by how much loading it and a first
         call raised the process's memory at the peak (None where the system does not tell), and the median over that of
-        the teacher in onnxruntime, in floats and in integers (None where that is missing). "settings" says how it was
-        measured.
+        the teacher in onnxruntime (on a GPU in torch), in floats and in integers (None where that is missing).
+        "settings" says how it was measured.
 
     Raises:
         AnncvtError: there is no student, a number is not positive, or a file cannot be opened.
@@ -71,6 +77,7 @@ def bench(
     for name, value in (("batch", batch), ("threads", threads), ("repeats", repeats), ("seconds", seconds)):
         if not value > 0:
             raise AnncvtError(f"{name} is {value}", fix=f"give --{name} a positive number")
+    where = torch.device(device)
     with _torch_threads(threads), tempfile.TemporaryDirectory(prefix="anncvt-") as scratch:
         contestants = Contestants(
             program,
@@ -79,14 +86,17 @@ def bench(
             onnx_path=onnx_path,
             so_path=so_path,
             integer_path=integer_path,
+            device=where,
             teacher_in_tvm=teacher_in_tvm,
             progress=progress,
         )
-        race = _Race((batch, *program.preprocess.input_size), list(contestants))
+        base = BASE if where.type == "cpu" else BASE_ON_GPU
+        race = _Race((batch, *program.preprocess.input_size), list(contestants), base)
         race.run(repeats, seconds, progress)
     settings = {
         "batch": batch,
         "threads": threads,
+        "device": str(where),
         "calls": f"{BURST} in a row after one that is not timed, the networks by turns",
         "clock": "wall",
         "int8_teacher": f"quantize_static, per_channel=True, reduce_range={reduced_range()}, ranges of noise",
@@ -101,13 +111,16 @@ class _Race:
     Args:
         shape: of the images, ``[N, C, H, W]``.
         contestants: all of them.
+        base: what times are compared with, by precision.
     """
 
-    def __init__(self, shape: tuple[int, ...], contestants: list[Contestant]) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], contestants: list[Contestant], base: dict[str, tuple[str, str, str]]
+    ) -> None:
         random = np.random.default_rng(0)
         self._images = random.standard_normal(shape).astype(np.float32)
         self._pixels = random.integers(0, 256, shape).astype(np.uint8)
-        self._contestants = contestants
+        self._contestants, self._base = contestants, base
 
     def run(self, repeats: int, seconds: float, progress: Progress) -> None:
         """Open everybody, then fill ``times`` in rounds in which each contestant gets one burst."""
@@ -136,7 +149,7 @@ class _Race:
         for contestant in self._contestants:
             median = medians[contestant.name]
             p90, p99 = (1e3 * float(np.percentile(contestant.times, share)) for share in (90, 99))
-            ratios = {dtype: round(median / medians[name], 3) for dtype, name in BASE.items() if name in medians}
+            ratios = {dtype: round(median / medians[name], 3) for dtype, name in self._base.items() if name in medians}
             rows.append(
                 {
                     "network": contestant.network,

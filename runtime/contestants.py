@@ -17,7 +17,7 @@ from anncvt.runtime import processor
 from anncvt.runtime.check import exported_file
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
 
 #: One call: images ``[N, C, H, W]`` of the contestant's dtype -> logits.
 Call = Callable[[np.ndarray], np.ndarray]
@@ -56,6 +56,7 @@ class Contestants:
         scratch: a folder for files made for the occasion.
         onnx_path, so_path, integer_path: the student's files. None: those of the program's folder. Without an exported
             student one is exported to ``scratch``; exported integers are taken from the folder.
+        device: of torch; elsewhere than on the CPU nothing else takes part.
         teacher_in_tvm: compile the CNN, too.
     """
 
@@ -68,6 +69,7 @@ class Contestants:
         onnx_path: str | Path | None = None,
         so_path: str | Path | None = None,
         integer_path: str | Path | None = None,
+        device: torch.device,
         teacher_in_tvm: bool = False,
         progress: Progress,
     ) -> None:
@@ -75,27 +77,39 @@ class Contestants:
         self.onnx_path = onnx_path or exported_file(program, "model.onnx")
         self.so_path = so_path or exported_file(program, "model.so")
         self.integer_path = integer_path or exported_file(program, "model.int8.so")
-        self.teacher_in_tvm = teacher_in_tvm
+        self.device, self.teacher_in_tvm = device, teacher_in_tvm
         self.missing: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[Contestant]:
+        student, teacher = (self._in_torch(network) for network in ("student", "teacher"))
+        if self.device.type == "cpu":
+            yield from self._on_cpu(student, teacher)
+        else:
+            self.missing.update(dict.fromkeys(("onnxruntime", "tvm"), f"runs on the CPU, not on {self.device}"))
+            yield from (student, teacher)
+
+    def _in_torch(self, name: str) -> Contestant:
+        from anncvt.runtime.torch_runner import runner
+
+        network = getattr(self.program, name)
+        return Contestant(name, "torch", "float32", lambda: runner(network, self.device, self.progress))
+
+    def _on_cpu(self, student: Contestant, teacher: Contestant) -> Iterator[Contestant]:
         from anncvt.runtime import onnx
 
-        program, threads = self.program, self.threads
-        size, student = program.preprocess.input_size, program.student
-        assert student is not None
+        program, threads, size = self.program, self.threads, self.program.preprocess.input_size
         exported = Path(self.onnx_path or onnx.export(program, self.scratch / "student.onnx", progress=self.progress))
-        teacher = self.scratch / "teacher.onnx"
-        onnx.export_network(program.teacher, size, teacher, progress=self.progress)
-        yield Contestant("student", "torch", "float32", lambda: _torch(student))
+        cnn = self.scratch / "teacher.onnx"
+        onnx.export_network(program.teacher, size, cnn, progress=self.progress)
+        yield student
         yield from self._exported(exported, "float32")
         if (integer_file := exported_file(program, "model.int8.onnx")) is not None:
             yield from self._exported(integer_file, "int8")
         yield from self._compiled()
-        yield Contestant("teacher", "torch", "float32", lambda: _torch(program.teacher))
-        yield Contestant("teacher", "onnxruntime", "float32", lambda: _onnxruntime(teacher, threads))
+        yield teacher
+        yield Contestant("teacher", "onnxruntime", "float32", lambda: _onnxruntime(cnn, threads))
         try:
-            integers = quantised(teacher, self.scratch / "teacher.int8.onnx", size)
+            integers = quantised(cnn, self.scratch / "teacher.int8.onnx", size)
             yield Contestant("teacher", "onnxruntime", "int8", lambda: _onnxruntime(integers, threads))
         except AnncvtError as error:
             self.missing["onnxruntime int8"] = str(error)
@@ -177,17 +191,3 @@ def quantised(source: Path, target: Path, size: tuple[int, ...]) -> Path:
 def reduced_range() -> bool:
     """Whether weights of :func:`quantised` have 7 bits."""
     return not {"avx512vnni", "avxvnni"} & (processor.features() or frozenset())
-
-
-def _torch(network: nn.Module) -> Call:
-    import torch
-
-    from anncvt.runtime.inference import inference_copy
-
-    module = inference_copy(network)
-
-    def call(images: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return module(torch.from_numpy(images)).numpy()
-
-    return call

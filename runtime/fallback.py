@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anncvt.runtime.epilogue import Epilogue
 from anncvt.runtime.geometry import Padding, expand_padding, output_size
 
 
@@ -29,6 +30,19 @@ def forward(
                 window = _window(padded[:, :, channel], i, j, stride, dilation, size)
                 y -= (window[:, :, None] - taps[:, :, channel, i, j, None, None]).abs_()
     return y.flatten(1, 2)
+
+
+def fused_forward(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    epilogue: Epilogue,
+) -> Tensor:
+    """:func:`forward` and what follows it."""
+    return epilogue.of(forward(x, weight, stride, padding, dilation, groups))
 
 
 def input_gradient(

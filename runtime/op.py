@@ -1,4 +1,5 @@
-"""THE op: ``anncvt::adder2d`` and its backward, registered with torch (schema, fake, autograd, dispatch).
+"""THE op: ``anncvt::adder2d``, its backward and its form for inference, registered with torch (schema, fake, autograd,
+dispatch).
 
 A ``torch.library`` op and not a plain ``autograd.Function``: the latter is inlined by ``torch.fx`` and
 ``torch.export``, which loses both the node and the adder gradients.
@@ -6,6 +7,7 @@ A ``torch.library`` op and not a plain ``autograd.Function``: the latter is inli
 
 from __future__ import annotations
 
+import itertools
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from anncvt.runtime import fallback, kernels
+from anncvt.runtime.epilogue import Epilogue
 from anncvt.runtime.geometry import output_size
 
 GRADIENTS = ("full", "exact")
@@ -60,10 +63,54 @@ def _(x, weight, stride, padding, dilation, groups, gradient="full"):
     return torch.empty((x.shape[0], weight.shape[0], *size), dtype=x.dtype, device=x.device, memory_format=_layout(x))
 
 
+@torch.library.custom_op("anncvt::adder2d_fused", mutates_args=())
+def adder2d_fused(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    low: float | None = None,
+    high: float | None = None,
+) -> Tensor:
+    """``clip(scale[o] * adder2d(x, weight)[n,o,p] + shift[o] + residual[n,o,p], low, high)``, for inference.
+
+    One kernel on GPUs. It has no gradient.
+
+    Args:
+        x, weight, stride, padding, dilation, groups: see :func:`adder2d`.
+        scale, shift: ``[O]``, floating point.
+        residual: ``[N, O, H', W']``, what is added.
+        low, high: the limits; None: there is none.
+
+    Returns:
+        ``[N, O, H', W']`` in the dtype of ``x``, also under autocast; half types are computed with in float32.
+
+    Raises:
+        ValueError: shapes or groups do not fit.
+    """
+    _check_fused(x, weight, scale, shift, residual, stride, padding, dilation, groups)
+    implementation, a = _implementation(x)
+    compute, infinity = _compute_dtype(x), float("inf")
+    epilogue = Epilogue(scale, shift, residual, -infinity if low is None else low, infinity if high is None else high)
+    y = implementation.fused_forward(a, weight.to(compute), stride, padding, dilation, groups, epilogue)
+    return _like(y, x)
+
+
+@adder2d_fused.register_fake
+def _(x, weight, scale, shift, residual, stride, padding, dilation, groups, low=None, high=None):
+    size = _check_fused(x, weight, scale, shift, residual, stride, padding, dilation, groups)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+
+
 # A sum of hundreds of distances is far from zero and differs little between pixels: rounded to half precision, what
 # BatchNorm needs of it would be gone. So autocast hands the op float32 and takes float32 from it.
-for _device in ("cpu", "cuda"):
-    torch.library.register_autocast("anncvt::adder2d", _device, torch.float32)
+for _name, _device in itertools.product(("adder2d", "adder2d_fused"), ("cpu", "cuda")):
+    torch.library.register_autocast(f"anncvt::{_name}", _device, torch.float32)
 
 
 @torch.library.custom_op("anncvt::adder2d_backward", mutates_args=())
@@ -137,6 +184,29 @@ def _check(x: Tensor, weight: Tensor, groups: int, gradient: str) -> None:
         )
     if gradient not in GRADIENTS:
         raise ValueError(f"adder2d: gradient must be one of {GRADIENTS}, got {gradient!r}")
+
+
+def _check_fused(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[int, ...]:
+    """The output's shape."""
+    _check(x, weight, groups, "full")
+    outputs = weight.shape[0]
+    size = (x.shape[0], outputs, *output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation))
+    for name, line in (("scale", scale), ("shift", shift)):
+        if line.shape != (outputs,):
+            raise ValueError(f"adder2d_fused: {name} must be [{outputs}], got {list(line.shape)}")
+    if residual is not None and residual.shape != size:
+        raise ValueError(f"adder2d_fused: the residual must be {list(size)}, got {list(residual.shape)}")
+    return size
 
 
 def _implementation(x: Tensor) -> tuple[ModuleType, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from anncvt.runtime.kernels.cuda import prelude
 from anncvt.runtime.kernels.cuda.source import source
-from anncvt.runtime.kernels.cuda.variant import Variant
+from anncvt.runtime.kernels.cuda.variant import FLOATS, Variant
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
@@ -53,7 +53,7 @@ class Emulator:
         held = {name: _Surrounded(tensor) for name, tensor in tensors.items()}
         arguments = [
             *(ctypes.c_void_p(held[name].pointer) for name in variant.pointers),
-            *((ctypes.c_float if n == "sharpness" else ctypes.c_int)(values[n]) for n in variant.numbers),
+            *((ctypes.c_float(values[n]) if n in FLOATS else ctypes.c_int(int(values[n]))) for n in variant.numbers),
         ]
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         wrong = compiled(variant)(pointers, (ctypes.c_uint * 3)(*grid), variant.tile.threads, self.backwards)
@@ -107,13 +107,15 @@ def compiled(variant: Variant) -> ctypes._CFuncPointer:
     library = folder / f"{variant.name}-{key}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        given = library.with_suffix(".cpp")
+        stem = f"{library.with_suffix('')}-{os.getpid()}"  # tests of other processes may be at it, too
+        given, made, new = (Path(stem + suffix) for suffix in (".cpp", ".o", ".so"))
         given.write_text(text)
-        made = library.with_suffix(".o")
         options = ["-O1", "-w", "-fPIC", "-ffp-contract=off", "-std=c++17", "-fsanitize=thread"]
         reduced = ["--param=tsan-instrument-func-entry-exit=0"]
         subprocess.run([COMPILER, *options, *reduced, "-c", "-o", str(made), str(given)], check=True)
         # Linked without the sanitizer's library: cuda_block.h hears what the compiler reports.
-        subprocess.run([COMPILER, "-shared", "-o", f"{library}.new", str(made)], check=True)
-        os.replace(f"{library}.new", library)
+        subprocess.run([COMPILER, "-shared", "-o", str(new), str(made)], check=True)
+        os.replace(new, library)
+        given.unlink()
+        made.unlink()
     return ctypes.CDLL(str(library)).run

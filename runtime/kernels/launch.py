@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anncvt.runtime.epilogue import Epilogue
 from anncvt.runtime.geometry import expand_padding
 from anncvt.runtime.kernels import cache
 from anncvt.runtime.kernels.spec import SHARPNESS, Spec, as_pair, divisor, lanes_for
@@ -39,6 +40,19 @@ def forward(
         sums = packed.sum((2, 3, 4, 5)).view(-1)
         _call(spec, nhwc(x), packed, sums, 2.0, y)
     return _unpad(y, weight.shape[0], 1 if spec.depthwise else groups)
+
+
+def fused_forward(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    epilogue: Epilogue,
+) -> Tensor:
+    """See :func:`anncvt.runtime.fallback.fused_forward`."""
+    return epilogue.of(forward(x, weight, stride, padding, dilation, groups))
 
 
 @multiplied_input_gradient

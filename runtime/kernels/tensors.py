@@ -18,11 +18,15 @@ _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
 
 def multiplied_forward(forward: _Function) -> _Function:
-    """A ``forward`` that has depthwise layers of several outputs per channel: with their channels repeated."""
+    """A ``forward`` that has depthwise layers of several outputs per channel: with their channels repeated.
+
+    Its arguments are ``x, weight, stride, padding, dilation, groups``, and what is no matter of channels.
+    """
 
     @functools.wraps(forward)
     def wrapped(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        return forward(*_repeated(x, weight, *rest))
+        geometry, more = rest[:4], rest[4:]
+        return forward(*_repeated(x, weight, *geometry), *more)
 
     return cast(_Function, wrapped)
 

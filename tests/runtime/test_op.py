@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -242,3 +243,68 @@ def test_autocast_leaves_the_sum_in_float32(dtype):
         cast = torch.ops.anncvt.adder2d(x.to(dtype), weight, [1, 1], [1, 1], [1, 1], 1)
     assert cast.dtype == torch.float32
     torch.testing.assert_close(cast, exact)
+
+
+def fused_arguments(case: Case, *, added: bool = True) -> tuple:
+    x, weight, grad = case.tensors()
+    random = torch.Generator().manual_seed(2)
+    outputs = len(weight)
+    scale = torch.rand(outputs, generator=random) / 4
+    return (
+        x,
+        weight,
+        scale,
+        3 + 20 * scale * torch.rand(outputs, generator=random),
+        grad if added else None,
+        *case.arguments(),
+    )
+
+
+@pytest.mark.parametrize("limits", [(None, None), (0.0, None), (0.0, 6.0)])
+@pytest.mark.parametrize("kind", ["vectors", "plain", "stride 2", "groups", "depthwise"])
+def test_the_fused_op(kind, limits):
+    for layout, added in (("nchw", True), ("nhwc", False)):
+        case = replace(KINDS[kind], layout=layout)
+        x, weight, scale, shift, residual, *config = fused_arguments(case, added=added)
+        y = reference.forward(x, weight, *config)
+        expected = y * scale.double().view(-1, 1, 1) + shift.double().view(-1, 1, 1)
+        expected = expected if residual is None else expected + residual.double()
+        low, high = limits
+        expected = expected.clamp(-math.inf if low is None else low, high)
+        actual = torch.ops.anncvt.adder2d_fused(x, weight, scale, shift, residual, *config, *limits)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-4)
+        assert actual.is_contiguous(memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_opcheck_of_the_fused_op(added):
+    torch.library.opcheck(torch.ops.anncvt.adder2d_fused, (*fused_arguments(KINDS["stride 2"], added=added), 0.0, 6.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_fused_op_rounds_half_types_once(dtype):
+    x, weight, scale, shift, residual, *config = fused_arguments(KINDS["vectors"])
+    x, residual = x.to(dtype), residual.to(dtype)
+    y = torch.ops.anncvt.adder2d_fused(x, weight, scale, shift, residual, *config)
+    whole = torch.ops.anncvt.adder2d_fused(x.float(), weight, scale, shift, residual.float(), *config)
+    assert torch.equal(y, whole.to(dtype))
+    with torch.autocast("cpu", dtype):
+        cast = torch.ops.anncvt.adder2d_fused(x, weight, scale, shift, residual, *config)
+    torch.testing.assert_close(cast, whole)
+
+
+def test_the_fused_op_has_no_gradient():
+    arguments = fused_arguments(KINDS["plain"])
+    y = torch.ops.anncvt.adder2d_fused(arguments[0].requires_grad_(), *arguments[1:])
+    with pytest.raises(RuntimeError, match="adder2d_fused"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("at", "message"), [(2, r"scale must be \[16\], got \[3\]"), (3, "shift must be"), (4, "residual must be")]
+)
+def test_bad_arguments_of_the_fused_op(at, message):
+    arguments = list(fused_arguments(KINDS["vectors"]))
+    arguments[at] = torch.zeros(3)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.anncvt.adder2d_fused(*arguments)

@@ -28,7 +28,7 @@ from anncvt.runtime.kernels.cuda.variant import Variant
 
 OLDEST = 75
 """The oldest architecture that the source is written for."""
-_GENERATORS = ("depthwise", "emit", "prelude", "source", "tiles", "variant", "weights")
+_GENERATORS = ("depthwise", "emit", "epilogue", "prelude", "source", "tiles", "variant", "weights")
 _NVRTC = ("libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12", "nvrtc64_130_0.dll", "nvrtc64_120_0.dll")
 
 

@@ -13,14 +13,15 @@ from tvm.tirx.script.builder import ir as T
 
 from anncvt.runtime.kernels.cuda import emit
 from anncvt.runtime.kernels.cuda.emit import div, held, mod, registers, variable, when
+from anncvt.runtime.kernels.cuda.epilogue import finished, scaled
 from anncvt.runtime.kernels.cuda.tiles import Shared, sync
 from anncvt.runtime.kernels.cuda.variant import LANES, STRIPES, Variant
 
 
 def depthwise(variant: Variant) -> tirx.PrimFunc:
-    """``depthwise_forward``, ``depthwise_dx`` or ``depthwise_dw``, with the geometry of the tiled kernels."""
+    """``depthwise_forward``, ``_fused``, ``_dx`` or ``_dw``, with the geometry of the tiled kernels."""
     body = _weight_gradient if variant.kind == "depthwise_dw" else _walk
-    lanes = dict.fromkeys("grwxy", variant.vector)
+    lanes = dict.fromkeys(variant.pointers, variant.vector)
     return emit.function(variant, lanes, lambda block, thread, **args: body(variant, block, thread, args))
 
 
@@ -54,7 +55,12 @@ def _walk(variant: Variant, block: list[Any], thread: Any, a: dict[str, Any]) ->
                 change = tirx.const(0.0, "float32") - T.abs(met - w[lane])
             T.buffer_store(sums, sums[lane] + change, [lane])
     with when(alive):
-        emit.give(a["y"], place, [sums[lane] for lane in range(vector)], variant.out)
+        if variant.kind == "depthwise_fused":
+            scaled(vector, a, sums, [0], c)
+            results = finished(variant, a, sums, 0, place)
+        else:
+            results = [sums[lane] for lane in range(vector)]
+        emit.give(a["y"], place, results, variant.out)
 
 
 def _weight_gradient(variant: Variant, block: list[Any], thread: Any, a: dict[str, Any]) -> None:

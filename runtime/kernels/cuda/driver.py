@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from anncvt.runtime.kernels.cuda import build
-from anncvt.runtime.kernels.cuda.variant import Variant
+from anncvt.runtime.kernels.cuda.variant import FLOATS, Variant
 
 Argument = ctypes.c_void_p | ctypes.c_float | ctypes.c_int
 
@@ -43,7 +43,7 @@ def launch(
     values = {**numbers, **dict(zip(("grid_x", "grid_y", "grid_z"), grid, strict=True))}
     arguments: list[Argument] = [ctypes.c_void_p(tensors[name].data_ptr()) for name in variant.pointers]
     for name in variant.numbers:
-        arguments.append(ctypes.c_float(values[name]) if name == "sharpness" else ctypes.c_int(int(values[name])))
+        arguments.append(ctypes.c_float(values[name]) if name in FLOATS else ctypes.c_int(int(values[name])))
     enqueue(load(variant, device), grid, variant.tile.threads, arguments, device)
 
 

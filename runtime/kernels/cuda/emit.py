@@ -10,7 +10,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from anncvt.runtime.kernels.cuda.variant import HALVES, Variant
+from anncvt.runtime.kernels.cuda.variant import FLOATS, HALVES, Variant
 
 
 def function(variant: Variant, lanes: dict[str, int], body: Callable[..., None]) -> tirx.PrimFunc:
@@ -20,9 +20,11 @@ def function(variant: Variant, lanes: dict[str, int], body: Callable[..., None])
         lanes: how many values one entry of each pointer's buffer holds; loads and stores take a whole entry.
         body: emits the statements; ``block`` is (x, y, z), ``thread`` one index.
     """
-    types = {"w": "float32", "x": variant.dtype, "r": variant.dtype, "g": variant.dtype, "y": variant.out}
+    types = {"x": variant.dtype, "r": variant.dtype, "g": variant.dtype, "y": variant.out}
     if variant.kind == "integer":
         types["w"] = variant.dtype
+    if variant.kind == "finish":
+        types["r"] = variant.out
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name(variant.name)
@@ -30,9 +32,9 @@ def function(variant: Variant, lanes: dict[str, int], body: Callable[..., None])
             arguments: dict[str, Any] = {}
             for name in variant.pointers:
                 shape = (tirx.Var(f"{name}_entries", "int32"), lanes[name])
-                arguments[name] = T.arg(name, T.buffer(shape, stored(types[name])))
+                arguments[name] = T.arg(name, T.buffer(shape, stored(types.get(name, "float32"))))
             for name in variant.numbers:
-                arguments[name] = T.arg(name, T.float32() if name == "sharpness" else T.int32())
+                arguments[name] = T.arg(name, T.float32() if name in FLOATS else T.int32())
             with contextlib.ExitStack() as launched:
                 block = [
                     launched.enter_context(T.launch_thread(f"blockIdx.{axis}", arguments.pop(f"grid_{axis}")))

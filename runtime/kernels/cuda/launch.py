@@ -1,6 +1,7 @@
 """From torch tensors to launches of CUDA kernels, with the functions of :mod:`anncvt.runtime.fallback`.
 
-Images of float32, float16 and bfloat16; sums are float32, results of the image's type, weight gradients float32.
+Images of float32, float16 and bfloat16; sums are float32, results of the image's type, weight gradients float32. An
+epilogue is computed in float32.
 Everything is enqueued on the current stream, and nothing waits for the device.
 """
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anncvt.runtime.epilogue import Epilogue
 from anncvt.runtime.kernels.cuda import driver
 from anncvt.runtime.kernels.cuda.geometry import Layer, Walk, layer, split
 from anncvt.runtime.kernels.cuda.variant import FLAT, LANES, SHARPNESS, Variant, tile_for
@@ -40,6 +42,29 @@ def forward(
     y = image.new_empty(x.shape[0], *shape.output, weight.shape[0])
     for part, result in _parts(image, y):
         _walk("forward", part, weight, None, result, shape.forward, groups)
+    return y.permute(0, 3, 1, 2)
+
+
+@multiplied_forward
+def fused_forward(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    epilogue: Epilogue,
+) -> Tensor:
+    """See :func:`anncvt.runtime.fallback.fused_forward`."""
+    shape = _layer(x, weight, stride, padding, dilation)
+    image = _nhwc(x)
+    y = image.new_empty(x.shape[0], *shape.output, weight.shape[0])
+    lines = {name: _aligned(value.detach().float().contiguous()) for name, value in epilogue.lines.items()}
+    more = [] if epilogue.residual is None else [_nhwc(epilogue.residual.to(x.dtype))]
+    numbers = {"added": len(more), "low": epilogue.low, "high": epilogue.high}
+    for part, result, *added in _parts(image, y, *more):
+        beside = added[0] if added else None
+        _walk("fused", part, weight, beside, result, shape.forward, groups, numbers, lines)
     return y.permute(0, 3, 1, 2)
 
 
@@ -125,10 +150,11 @@ def _walk(
     walks: tuple[Walk, Walk],
     groups: int,
     more: Mapping[str, float] | None = None,
+    lines: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Fill ``y`` ``[N, H', W', ..]`` from ``x`` ``[N, H, W, ..]``; ``weight`` has the taps that are met.
 
-    ``y`` and ``beside`` may be parts of tensors; they lie alike.
+    ``y`` and ``beside`` may be parts of tensors; they lie alike. ``lines`` are the other tensors of an epilogue.
     """
     if not y.numel():
         return
@@ -154,7 +180,9 @@ def _walk(
         **_distances("y", y, vector),
         **(more or {}),
     }
-    tensors = {"x": x, "y": y} | ({"r": beside} if beside is not None else {})
+    tensors = {"x": x, "y": y, **(lines or {})}
+    if beside is not None or lines is not None:
+        tensors["r"] = x if beside is None else beside  # where nothing is added, nothing is read
     if alone:
         variant = Variant(f"depthwise_{kind}", _name(x), _name(y), vector, FLAT)
         tensors["w"] = _aligned(w.float().permute(1, 2, 3, 0).contiguous())
@@ -177,9 +205,22 @@ def _walk(
     numbers |= {"part": parts[0].numel() // vector, **_distances("y", parts[0], vector)}
     if beside is not None:
         tensors["r"] = beside.contiguous()  # as the parts lie
-    variant = Variant(kind, dtype, _name(parts), vector, tile)
-    driver.launch(variant, grid, tensors | {"y": parts}, numbers)
-    y.copy_(parts.sum(0, dtype=parts.dtype))
+    variant = Variant("forward" if kind == "fused" else kind, dtype, _name(parts), vector, tile)
+    _launch(variant, grid, tensors | {"y": parts}, numbers)
+    if kind == "fused":
+        numbers |= {"entries": numbers["part"], "depth": y.shape[3] // vector}
+        grid = (-(-int(numbers["entries"]) // FLAT.threads), 1, 1)
+        _launch(Variant("finish", "float32", _name(y), vector, FLAT), grid, tensors | {"x": parts, "y": y}, numbers)
+    else:
+        y.copy_(parts.sum(0, dtype=parts.dtype))
+
+
+def _launch(
+    variant: Variant, grid: tuple[int, int, int], tensors: Mapping[str, Tensor], numbers: Mapping[str, float]
+) -> None:
+    """A kernel with what it takes of these."""
+    given = {name: numbers[name] for name in variant.numbers if not name.startswith("grid_")}
+    driver.launch(variant, grid, {name: tensors[name] for name in variant.pointers}, given)
 
 
 def _weight_gradient(g: Tensor, x: Tensor, weight: Tensor, shape: Layer, groups: int) -> Tensor:

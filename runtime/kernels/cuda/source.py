@@ -39,11 +39,14 @@ def source(variant: Variant) -> str:
 
 def _generate(variant: Variant) -> object:
     from anncvt.runtime.kernels.cuda.depthwise import depthwise
+    from anncvt.runtime.kernels.cuda.epilogue import finish
     from anncvt.runtime.kernels.cuda.tiles import walk
     from anncvt.runtime.kernels.cuda.weights import weight_gradient
 
     if variant.kind.startswith("depthwise"):
         return depthwise(variant)
+    if variant.kind == "finish":
+        return finish(variant)
     return weight_gradient(variant) if variant.kind == "dw" else walk(variant)
 
 

@@ -24,6 +24,7 @@ from tvm.tirx.script.builder import ir as T
 
 from anncvt.runtime.kernels.cuda import emit
 from anncvt.runtime.kernels.cuda.emit import div, held, mod, put, registers, variable, when
+from anncvt.runtime.kernels.cuda.epilogue import finished, scaled
 from anncvt.runtime.kernels.cuda.variant import Tile, Variant
 
 #: Behind each row of the shared x, which is written across rows: neighbours then lie in different banks.
@@ -32,12 +33,13 @@ _NOWHERE = -(2**30)
 
 
 def walk(variant: Variant) -> tirx.PrimFunc:
-    """``forward``, ``dx`` or ``integer``: ``w[group][tap and channel][column]``, with zeros up to whole tiles.
+    """``forward``, ``fused``, ``dx``, ``integer``: ``w[group][tap and channel][column]``, with zeros up to whole tiles.
 
-    ``x`` is what is summed over (for ``dx`` the output's gradient), ``r`` the image a ``dx`` belongs to; all tensors
-    but ``w`` are addressed by the distances of their images, rows and pixels, in entries of ``vector`` channels.
+    ``x`` is what is summed over (for ``dx`` the output's gradient), ``r`` the image a ``dx`` belongs to, or what a
+    ``fused`` one adds; they are addressed by the distances of their images, rows and pixels, in entries of ``vector``
+    channels, ``r`` like ``y``.
     """
-    lanes = {"x": variant.vector, "y": variant.vector, "r": variant.vector, "w": 4}
+    lanes = dict.fromkeys(variant.pointers, variant.vector) | {"w": 4}
     return emit.function(variant, lanes, lambda block, thread, **args: _Walk(variant, block, thread, args).emit())
 
 
@@ -210,8 +212,19 @@ class _Walk:
                 T.buffer_store(shares, shares[i] + xs.get(slot, row_of(tile, self.thread, i)), [i])
         return shares
 
+    def _scale(self, sums: Any) -> None:
+        """The line of an epilogue, a column of the thread's results at a time."""
+        tile, vector, wide = self.tile, self.variant.vector, self.a["y_wide"]
+        for j in range(0, tile.width, vector):
+            column = div(self.column + column_of(tile, self.thread, j), vector)
+            places = [i * tile.width + j for i in range(tile.height)]
+            scaled(vector, self.a, sums, places, self.group * wide + column, column < wide, sign=-1)
+
     def _finish(self, sums: Any, shares: Any) -> None:
         variant, tile = self.variant, self.tile
+
+        if variant.kind == "fused":
+            self._scale(sums)
 
         def result(i: int, j: int) -> Any:
             total = sums[i * tile.width + j]
@@ -223,7 +236,10 @@ class _Walk:
 
         for i, j, entry, inside in self._results():
             with when(inside):
-                values = [result(i, j + lane) for lane in range(variant.vector)]
+                if variant.kind == "fused":
+                    values = finished(variant, self.a, sums, i * tile.width + j, entry)
+                else:
+                    values = [result(i, j + lane) for lane in range(variant.vector)]
                 emit.give(self.a["y"], self.split * self.a["part"] + entry, values, variant.out)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from anncvt.runtime import fallback
+from anncvt.runtime.epilogue import Epilogue
 from anncvt.runtime.kernels.cuda import launch
 
 #: Channels, filters, groups, stride: with and without vectors of four, strided, and depthwise.
@@ -30,8 +31,13 @@ def disagreement(device: torch.device, dtype: torch.dtype) -> str | None:
         y = fallback.forward(x, weight, *config)
         g = random(*y.shape)
         halves, given = (x.to(dtype), g.to(dtype)), (weight, *config)
+        epilogue = Epilogue(random(filters) / 64, random(filters), g, -1.0, 3.0)
         pairs = {
             "forward": (launch.forward(halves[0], *given), y),
+            "fused forward": (
+                launch.fused_forward(halves[0], *given, epilogue),
+                fallback.fused_forward(x, *given, epilogue),
+            ),
             "weight gradient": (
                 launch.exact_weight_gradient(halves[1], halves[0], *given),
                 fallback.exact_weight_gradient(g, x, *given),

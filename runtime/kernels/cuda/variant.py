@@ -15,7 +15,13 @@ SHARPNESS = {"full": 0.5, "exact": 2.0**80}
 
 HALVES = ("float16", "bfloat16")
 DTYPES = ("float32", *HALVES)
-KINDS = ("forward", "dx", "dw", "integer", "depthwise_forward", "depthwise_dx", "depthwise_dw")
+KINDS = (
+    *("forward", "fused", "finish", "dx", "dw", "integer"),
+    *("depthwise_forward", "depthwise_fused", "depthwise_dx", "depthwise_dw"),
+)
+"""``fused`` is ``forward`` with an epilogue, ``finish`` that epilogue on sums in parts."""
+FLOATS = ("high", "low", "sharpness")
+"""The numbers that are float32; all others are int32."""
 LANES = 32
 """Channel vectors side by side in a block of ``depthwise_dw``, and the rows of pixels below them:"""
 STRIPES = 8
@@ -52,7 +58,7 @@ TILES = {
     "dx": (Tile(128, 64, 8, 4), Tile(128, 32, 8, 4, blocks=3), Tile(128, 16, 4, 4, blocks=4)),
     "dw": (Tile(64, 64, 8, 4, blocks=3), Tile(32, 32, 4, 4, blocks=6), Tile(16, 16, 2, 4, blocks=16)),
 }
-TILES["integer"] = TILES["forward"]
+TILES["fused"] = TILES["integer"] = TILES["forward"]
 #: Of the kernels without shared tiles: so many threads, each with results of its own.
 FLAT = Tile(256, 1, 1, 1)
 
@@ -62,8 +68,12 @@ _WALK = (
 )
 _PLACES = ("xh", "xn", "xw", "yh", "yn", "yw")
 _TILED = ("part", "per", "splits", "steps", "w_wide", "y_wide")
+#: Of an epilogue: whether there is something to add, and the limits.
+_EPILOGUE = ("added", "high", "low")
 _NUMBERS = {
     "forward": (*_WALK, *_PLACES, *_TILED),
+    "fused": (*_WALK, *_PLACES, *_TILED, *_EPILOGUE),
+    "finish": ("depth", "entries", "splits", *_EPILOGUE),
     "dx": (*_WALK, *_PLACES, *_TILED, "sharpness"),
     "integer": (*_WALK, *_PLACES, *_TILED, "pad"),
     "dw": (
@@ -72,6 +82,7 @@ _NUMBERS = {
         *("xh", "xn", "xw"),
     ),
     "depthwise_forward": (*_WALK, *_PLACES),
+    "depthwise_fused": (*_WALK, *_PLACES, *_EPILOGUE),
     "depthwise_dx": (*_WALK, *_PLACES, "sharpness"),
     "depthwise_dw": (
         *("OH", "OW", "SH", "SW", "delta_h", "delta_w", "depth", "gh", "gn", "gw", "mul_h", "mul_w"),
@@ -82,10 +93,13 @@ _NUMBERS = {
 _GRID = ("grid_x", "grid_y", "grid_z")
 _POINTERS = {
     "forward": ("w", "x", "y"),
+    "fused": ("r", "scale", "shift", "w", "x", "y"),
+    "finish": ("r", "scale", "shift", "x", "y"),
     "dx": ("r", "w", "x", "y"),
     "integer": ("w", "x", "y"),
     "dw": ("g", "w", "x", "y"),
     "depthwise_forward": ("w", "x", "y"),
+    "depthwise_fused": ("r", "scale", "shift", "w", "x", "y"),
     "depthwise_dx": ("r", "w", "x", "y"),
     "depthwise_dw": ("g", "w", "x", "y"),
 }
@@ -93,7 +107,7 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel. ``dtype`` is that of the image (and of gradients), ``out`` that of the results.
+    """One kernel. ``dtype`` is that of the image (and of gradients), ``out`` that of the results (and what is added).
 
     With ``vector`` 4, channels of a group are a multiple of four on both sides, and loads and stores take four.
     """
@@ -116,7 +130,7 @@ class Variant:
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """The numbers a launch passes, in this order: int32, but float32 for ``sharpness``."""
+        """The numbers a launch passes, in this order."""
         return tuple(sorted((*_NUMBERS[self.kind], *_GRID)))
 
 
@@ -128,6 +142,9 @@ def variants(kinds: Iterable[str] = KINDS, dtypes: Iterable[str] = DTYPES) -> It
             yield from (Variant(kind, "uint32", "int32", vector, tile) for tile in tiles)
             continue
         for dtype, tile in itertools.product(dtypes, tiles):
+            if kind == "finish":
+                yield Variant(kind, "float32", dtype, vector, tile)
+                continue
             for out in _results(kind, dtype):
                 yield Variant(kind, dtype, out, vector, tile)
 
@@ -136,7 +153,7 @@ def _results(kind: str, dtype: str) -> tuple[str, ...]:
     """Weight gradients, and sums in parts, are float32."""
     if kind.endswith("dw") or dtype == "float32":
         return ("float32",)
-    return (dtype,) if kind.startswith("depthwise") else (dtype, "float32")
+    return (dtype, "float32") if kind in ("forward", "dx") else (dtype,)
 
 
 def tile_for(kind: str, columns: int) -> Tile:

@@ -24,7 +24,7 @@ needs_compiler = pytest.mark.skipif(build.lacking() is not None, reason=f"{build
 EVERY = {each.name: each for each in variants()}
 LARGEST = {
     kind: next(v for v in EVERY.values() if v.kind == kind and v.dtype in ("float32", "uint32"))
-    for kind in ("forward", "dx", "dw", "integer")
+    for kind in ("forward", "fused", "dx", "dw", "integer")
 }
 
 
@@ -55,13 +55,16 @@ def assert_lean(chosen: Variant, arch: str, folder: Path) -> None:
     assert count["BAR.SYNC.DEFER_BLOCKING"] == (3 if chosen.kind == "dx" else 1)
     if chosen.kind == "integer":
         assert count["VABSDIFF4.U8.ACC"] == taps, "four bytes an instruction, accumulated"
-    elif chosen.kind == "forward":
-        # and 64 at most for the results' sign
-        assert 2 * taps <= count["FADD"] <= 2 * taps + tile.height * tile.width + 8, "two additions a tap"
+    elif chosen.kind in ("forward", "fused"):
+        # and one for each result's sign, another for what an epilogue adds
+        others = tile.height * tile.width * (1 if chosen.kind == "forward" else 2)
+        assert 2 * taps <= count["FADD"] <= 2 * taps + others + 8, "two additions a tap"
     else:
         assert count["FFMA.SAT"] == taps
         assert taps <= count["FFMA"] <= taps + tile.height * tile.width
-        assert taps <= count["FADD"] <= taps + 3 * tile.height * tile.width + 64
+        # A dx adds up, for each of its rows, what the threads fetched.
+        shares = tile.height * tile.depth // chosen.vector if chosen.kind == "dx" else 0
+        assert taps <= count["FADD"] <= taps + 3 * tile.height * tile.width + shares + 64
     if tile.height >= 4 and tile.width >= 4:
         assert count["LDS.128"] >= min(tile.depth, tile.unrolled) * (tile.height + tile.width) // 4
     if chosen.vector == 4 and chosen.dtype in ("float32", "uint32"):
@@ -72,7 +75,8 @@ def assert_lean(chosen: Variant, arch: str, folder: Path) -> None:
 @needs_compiler
 @pytest.mark.skipif(disassembler() is None, reason="needs nvdisasm (package nvidia-cuda-nvdisasm)")
 @pytest.mark.parametrize(
-    ("kind", "arch"), [("forward", "sm_80"), ("forward", "sm_90"), ("integer", "sm_90"), ("dx", "sm_90")]
+    ("kind", "arch"),
+    [("forward", "sm_80"), ("forward", "sm_90"), ("fused", "sm_90"), ("integer", "sm_90"), ("dx", "sm_90")],
 )
 def test_the_inner_loop_is_lean(tmp_path, kind, arch):
     assert_lean(LARGEST[kind], arch, tmp_path)
@@ -82,9 +86,21 @@ def test_the_inner_loop_is_lean(tmp_path, kind, arch):
 @needs_compiler
 @pytest.mark.skipif(disassembler() is None, reason="needs nvdisasm (package nvidia-cuda-nvdisasm)")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("name", [name for name, v in EVERY.items() if not v.kind.startswith("depthwise")])
+@pytest.mark.parametrize("name", [name for name, v in EVERY.items() if v.kind in TILES])
 def test_every_inner_loop_is_lean(tmp_path, name, arch):
     assert_lean(EVERY[name], arch, tmp_path)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(disassembler() is None, reason="needs nvdisasm (package nvidia-cuda-nvdisasm)")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", [name for name, v in EVERY.items() if v.kind not in TILES])
+def test_kernels_without_tiles_keep_to_registers(tmp_path, name, arch):
+    found = instructions(build.compiled(source(EVERY[name]), arch), tmp_path)
+    assert not any(opcode.startswith(("LDL", "STL")) for opcode in found), "registers spilled to local memory"
+    if EVERY[name].vector == 4 and EVERY[name].dtype == "float32":
+        assert any(opcode.startswith("LDG.E.128") for opcode in found)
 
 
 def test_names_and_arguments_are_distinct():

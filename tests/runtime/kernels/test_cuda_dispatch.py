@@ -47,6 +47,29 @@ def test_parity_through_autograd(emulated):
 
 
 @needs_emulator
+def test_a_network_for_inference_is_one_kernel_a_layer(emulated, monkeypatch):
+    from networks import Residual
+
+    from anncvt.passes import fuse
+
+    monkeypatch.setattr(fuse, "pays", lambda device: True)
+    network = Residual(width=16).eval()
+    for name in ("stem", "conv1", "conv2", "down.0"):
+        owner, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(owner), leaf, AdderConv2d.from_conv(network.get_submodule(name)))
+    for norm in (network.bn, network.bn1, network.bn2, network.down[1]):
+        norm.running_mean.fill_(-40)
+        norm.running_var.fill_(100)
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        ready = fuse.for_inference(network, x)
+        expected = network(x)
+        emulated.launched.clear()
+        torch.testing.assert_close(ready(x), expected, rtol=1e-4, atol=1e-4)
+    assert emulated.launched == {"fused_float32_float32_1_128x16": 1, "fused_float32_float32_4_128x16": 3}
+
+
+@needs_emulator
 def test_half_images_keep_their_type_and_float32_weights_theirs(emulated):
     x, weight, grad = CASE.tensors()
     x, weight = x.bfloat16().requires_grad_(), weight.requires_grad_()
@@ -75,7 +98,7 @@ class Driver:
         assert self.contexts == [0xC0], "no context is current in a thread that is new to the device"
         for name, address in zip([*self.kernel.pointers, *self.kernel.numbers], pointers, strict=True):
             pointer = name in self.kernel.pointers
-            kind = ctypes.c_void_p if pointer else ctypes.c_float if name == "sharpness" else ctypes.c_int
+            kind = ctypes.c_void_p if pointer else ctypes.c_float if name in variant.FLOATS else ctypes.c_int
             self.passed[name] = kind.from_address(address).value
         return self.status
 
@@ -250,7 +273,8 @@ def test_defaults_of_the_process_do_not_matter(emulated):
 
 def test_autocast_has_a_rule_on_gpus():
     for name in ("AutocastCUDA", "AutocastCPU"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key("anncvt::adder2d", name)
+        for op_name in ("anncvt::adder2d", "anncvt::adder2d_fused"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(op_name, name)
 
 
 def test_compilers_see_shapes_and_layout_of_gpu_tensors():
@@ -262,6 +286,9 @@ def test_compilers_see_shapes_and_layout_of_gpu_tensors():
         weight = torch.empty(24, 16, 3, 3, device="cuda")
         y = op(x, weight, [2, 2], [1, 1], [1, 1], 1, "full")
         dx, dw = torch.ops.anncvt.adder2d_backward(y, x, weight, [2, 2], [1, 1], [1, 1], 1, "full", True, True)
+        line, geometry = torch.empty(24, device="cuda"), ([2, 2], [1, 1], [1, 1], 1)
+        z = torch.ops.anncvt.adder2d_fused(x, weight, line, line, y, *geometry, 0.0, None)
+    assert (z.shape, z.device, z.dtype, z.stride()) == (y.shape, y.device, y.dtype, y.stride())
     assert (y.shape, y.device.type, y.dtype) == ((2, 24, 5, 5), "cuda", torch.bfloat16)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert (dx.shape, dx.dtype, dw.shape, dw.dtype) == (x.shape, torch.bfloat16, weight.shape, torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import cuda_emulator
 from cuda_emulator import COMPILER, Emulator
 
 from anncvt.runtime import reference
+from anncvt.runtime.epilogue import Epilogue
 from anncvt.runtime.kernels.cuda import launch, variant
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")
@@ -84,6 +86,91 @@ def assert_right(case: Case, values: str = "normal", dtype: torch.dtype = torch.
         # of the largest entry; a half is rounded once
         limit = (2e-6 if name == "weights" else tolerance) * max(1.0, wanted.abs().max().item())
         torch.testing.assert_close(actual.double(), wanted, rtol=0, atol=limit, msg=lambda m, n=name: f"{n}\n{m}")
+
+
+def epilogue_of(y: torch.Tensor, dtype: torch.dtype, *, added: bool = True, low=0.0, high=6.0) -> Epilogue:
+    """One that moves the results ``y`` into the range of the limits, and beyond them on both sides."""
+    random = torch.Generator().manual_seed(1)
+    over = (0, 2, 3)
+    scale = torch.rand(y.shape[1], generator=random) * 4 / (y.std(over, correction=0) + 1).float() * 2
+    shift = 3 - scale * y.mean(over).float()
+    residual = torch.randn(y.shape, generator=random).to(dtype) if added else None
+    return Epilogue(scale, shift, residual, low, high)
+
+
+def fused_reference(y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+    """In float64, from the reference's ``y``."""
+    scale, shift = (line.double().view(-1, 1, 1) for line in epilogue.lines.values())
+    total = y * scale + shift + (0 if epilogue.residual is None else epilogue.residual.double())
+    return total.clamp(epilogue.low, epilogue.high)
+
+
+def assert_fused_right(case: Case, dtype: torch.dtype = torch.float32, tolerance=4e-6, **options) -> None:
+    x, weight, _ = case.tensors()
+    x, config = x.to(dtype), case.arguments()
+    y = reference.forward(x, weight, *config)
+    epilogue = epilogue_of(y, dtype, **options)
+    actual, wanted = launch.fused_forward(x, weight, *config, epilogue), fused_reference(y, epilogue)
+    assert actual.dtype == dtype
+    # In units of what is added up, of which little may be left.
+    size = max(1.0, (y * epilogue.scale.double().view(-1, 1, 1)).abs().max().item())
+    torch.testing.assert_close(actual.double(), wanted, rtol=0, atol=tolerance * size)
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_epilogue_of_each_kind(emulate, kind, added):
+    emulated = emulate()
+    assert_fused_right(KINDS[kind], added=added)
+    assert sum(emulated.launched.values()) == 1
+
+
+@pytest.mark.parametrize("kind", ["vectors", "odd channels", "groups", "depthwise"])
+@pytest.mark.parametrize(("low", "high"), [(-math.inf, math.inf), (0.0, math.inf), (-1.5, 2.5)])
+def test_limits_of_an_epilogue(emulate, kind, low, high):
+    emulate()
+    assert_fused_right(KINDS[kind], low=low, high=high)
+
+
+@pytest.mark.parametrize("kind", ["vectors", "odd channels", "depthwise"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_epilogue_of_half_types_is_computed_in_float32(emulate, kind, dtype):
+    """Rounded once, at the end: a sum of hundreds of distances, rounded before, would be off by more."""
+    emulate()
+    assert_fused_right(KINDS[kind], dtype, tolerance=torch.finfo(dtype).eps / 2 + 4e-6)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases(), places=st.sampled_from([1, 3, 40]), backwards=st.booleans(), added=st.booleans())
+def test_an_epilogue_of_any_geometry(emulate, case, places, backwards, added):
+    emulate(places, backwards)
+    assert_fused_right(case, added=added)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [16, 14])
+def test_an_epilogue_of_shared_taps_waits_for_their_sum(emulate, outputs, dtype):
+    shared = emulate(8)
+    case = Case(batch=1, channels=64, outputs=outputs, size=(4, 4))
+    assert_fused_right(case, dtype, tolerance=max(4e-6, torch.finfo(dtype).eps))
+    vector, name = 4 if outputs == 16 else 1, str(dtype).removeprefix("torch.")
+    assert shared.launched == {
+        f"forward_{name}_float32_{vector}_128x16": 1,
+        f"finish_float32_{name}_{vector}_256x1": 1,
+    }
+
+
+def test_an_epilogue_keeps_what_is_no_number(emulate):
+    emulate()
+    case = KINDS["vectors"]
+    x, weight, _ = case.tensors()
+    x[1, 2, 5, 4] = float("nan")
+    y = reference.forward(x, weight, *case.arguments())
+    epilogue = epilogue_of(y.nan_to_num(-100.0), x.dtype)
+    expected = fused_reference(y, epilogue)
+    assert expected.isnan().any()
+    actual = launch.fused_forward(x, weight, *case.arguments(), epilogue)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("values", ["normal", "grid"])
@@ -212,8 +299,11 @@ def test_integers_are_exact(emulate, kind, places):
 def test_batches_beyond_32_bit_indices_go_in_parts(emulate, monkeypatch, limit):
     monkeypatch.setattr(launch, "MOST_ELEMENTS", limit)
     emulated = emulate()
-    assert_right(replace(KINDS["vectors"], batch=3))
-    assert emulated.launched["forward_float32_float32_4_128x16"] == (3 if limit == 2000 else 1)
+    case, pieces = replace(KINDS["vectors"], batch=3), 3 if limit == 2000 else 1
+    assert_right(case)
+    assert_fused_right(case)
+    for kind in ("forward", "fused"):
+        assert emulated.launched[f"{kind}_float32_float32_4_128x16"] == pieces
 
 
 def test_an_image_beyond_32_bit_indices_is_refused(emulate, monkeypatch):
@@ -244,10 +334,11 @@ EVERY = {each.name: each for each in variant.variants()}
 def test_every_kernel(emulate, monkeypatch, name):
     """Each compiled kernel, whatever the launcher would choose, on shapes that fill more than one of its tiles."""
     chosen = EVERY[name]
-    monkeypatch.setattr(launch, "tile_for", lambda kind, columns: chosen.tile)
-    parts = chosen.out != chosen.dtype and chosen.kind in ("forward", "dx")
+    tile = variant.TILES["forward"][-1] if chosen.kind == "finish" else chosen.tile
+    monkeypatch.setattr(launch, "tile_for", lambda kind, columns: tile)
+    parts = chosen.kind == "finish" or (chosen.out != chosen.dtype and chosen.kind in ("forward", "dx"))
     emulated = emulate(40 if parts else 1)
-    wide = chosen.tile.columns + (4 if chosen.vector == 4 else 3)
+    wide = tile.columns + (4 if chosen.vector == 4 else 3)
     if chosen.kind.startswith("depthwise"):
         case = Case(batch=1, channels=1, outputs=1, groups=132 if chosen.vector == 4 else 33, size=(5, 6))
     else:
@@ -266,16 +357,23 @@ def test_every_kernel(emulate, monkeypatch, name):
             a, w = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, -case.channels % 16)) for t in (a, w))
         assert torch.equal(launch.integer_forward(a, w, *config).double(), expected)
     else:
-        dtype = getattr(torch, chosen.dtype)
+        dtype = getattr(torch, chosen.out if chosen.kind == "finish" else chosen.dtype)
         x, grad = x.to(dtype), grad.to(dtype)
         slope, (dx, dw) = "exact", reference.backward(grad, x, weight, *config, "exact")
+        y = reference.forward(x, weight, *config)
+        epilogue = epilogue_of(y, dtype)
+        fused = lambda: (launch.fused_forward(x, weight, *config, epilogue), fused_reference(y, epilogue))  # noqa: E731
         calls = {
-            "forward": lambda: (launch.forward(x, weight, *config), reference.forward(x, weight, *config)),
+            "forward": lambda: (launch.forward(x, weight, *config), y),
+            "fused": fused,
+            "finish": fused,
             "dx": lambda: (launch.input_gradient(grad, x, weight, *config, slope), dx),
             "dw": lambda: (launch.exact_weight_gradient(grad, x, weight, *config), dw),
         }
         actual, wanted = calls[chosen.kind.removeprefix("depthwise_")]()
         precision = 4e-6 if actual.dtype == torch.float32 else torch.finfo(dtype).eps
         limit = precision * max(1.0, wanted.abs().max().item())
+        if chosen.kind in ("fused", "finish", "depthwise_fused"):  # in units of what is added up
+            limit = precision * max(1.0, (y * epilogue.scale.double().view(-1, 1, 1)).abs().max().item())
         torch.testing.assert_close(actual.double(), wanted, rtol=0, atol=limit)
     assert emulated.launched[name]

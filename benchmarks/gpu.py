@@ -7,13 +7,15 @@ so that a call that is cut short loses only the rest; what does not fit ``--minu
 ``--device cpu --quick`` it shows that it works anywhere. Exits with 3 if a result is wrong or a section fails.
 
 Sections: correctness (float64, memory poisoned before, repeated for races; CUDA graphs; torch.compile), the limit of
-additions on this card, ResNet-50's layers, training steps of ResNet-20 and ResNet-50 with their memory.
+additions on this card, ResNet-50's layers, training steps of ResNet-20 and ResNet-50 with their memory, and both
+networks in inference, their adders fused with what follows them or not.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import statistics
 import sys
@@ -31,11 +33,12 @@ from torch import Tensor, nn
 from training import NETWORKS, resnet20
 
 from anncvt.nn import AdderConv2d
+from anncvt.passes.fuse import fused
 from anncvt.runtime import kernels, reference
 from anncvt.runtime.geometry import output_size
 
 #: And what part of the time that is left when it begins a section may take.
-SECTIONS = {"correctness": 0.3, "limit": 1.0, "layers": 0.6, "steps": 1.0}
+SECTIONS = {"correctness": 0.3, "limit": 1.0, "layers": 0.6, "steps": 0.7, "inference": 1.0}
 #: Geometries: batch, channels, outputs (of each group), groups, size, kernel, stride, padding, dilation.
 LOW = (1, 1, 1, 1, 1, 1, 1, 0, 1)
 HIGH = (4, 70, 140, 3, 19, 4, 3, 3, 2)
@@ -60,6 +63,12 @@ extern "C" __global__ void limit(float *out, float step, int turns) {
 def op(x: Tensor, weight: Tensor, layer: Any, gradient: str = "full") -> Tensor:
     stride, padding, dilation, groups = layer
     return torch.ops.anncvt.adder2d(x, weight, stride, padding, dilation, groups, gradient)
+
+
+def fused_op(x: Tensor, weight: Tensor, layer: Any, residual: Tensor | None, low: float | None) -> Tensor:
+    """With a line that takes the results to about the size of what is added: ``2/taps + y/taps``."""
+    scale = torch.full((len(weight),), 1 / weight[0].numel(), device=x.device)
+    return torch.ops.anncvt.adder2d_fused(x, weight, scale, 2 * scale, residual, *layer, low, None)
 
 
 def seconds(call: Callable[[], object], device: torch.device, most: float = 0.5) -> float:
@@ -135,6 +144,7 @@ def compare(x: Tensor, weight: Tensor, grad: Tensor, config: Any, repeats: int) 
             y = op(a, w, config, gradient)
             dx, dw = torch.autograd.grad(y, (a, w), grad)
             now = {"forward": y.detach(), f"{gradient} dx": dx, f"{gradient} dw": dw}
+            now["fused"] = fused_op(x, weight, config, grad, -1.0)
             for name, result in now.items():
                 # The full weight gradient is cuDNN's, which may add in any order.
                 if turn and name != "full dw" and not torch.equal(result, results[name]):
@@ -143,6 +153,7 @@ def compare(x: Tensor, weight: Tensor, grad: Tensor, config: Any, repeats: int) 
         expected_dx, expected_dw = reference.backward(grad, x, weight, *config, gradient)
         wanted = {f"{gradient} dx": expected_dx, f"{gradient} dw": expected_dw}
         wanted["forward"] = reference.forward(x, weight, *config)
+        wanted["fused"] = ((wanted["forward"] + 2) / weight[0].numel() + grad.double()).clamp(min=-1)
         for name, expected in wanted.items():
             largest = max(1.0, float(expected.abs().max()))
             precision = 4e-6 if results[name].dtype == torch.float32 else torch.finfo(x.dtype).eps
@@ -229,7 +240,10 @@ def layer_calls(layer: Layer, device: torch.device, batch: int) -> Iterator[tupl
         torch.backends.cudnn.allow_tf32 = tf32
         return F.conv2d(*operands, None, *config[:3], layer.groups)
 
+    line = torch.ones(layer.outputs, device=device)
     yield "adder float32", lambda: op(x, weight, config)
+    yield "adder float32, fused with norm and ReLU", lambda: fused_op(x, weight, config, None, 0.0)
+    yield "adder float32, norm, ReLU", lambda: F.relu(F.batch_norm(op(x, weight, config), line, line, line, line))
     half = x.bfloat16()
     yield "adder bfloat16", lambda: op(half, weight, config)
     if device.type == "cuda":
@@ -252,15 +266,35 @@ def layer_calls(layer: Layer, device: torch.device, batch: int) -> Iterator[tupl
 
 
 def steps(device: torch.device, quick: bool, batch: int) -> Iterator[dict[str, Any]]:
-    networks: list[tuple[str, int, int, Callable[[Callable[..., nn.Module]], nn.Module]]] = [
-        ("ResNet-20", 8 if quick else 256, 32, resnet20)
-    ]
-    if not quick:
-        networks.append(("ResNet-50", batch, 224, resnet50))
-    torch.backends.cudnn.allow_tf32 = False
-    for name, images, size, make in networks:
+    for name, images, size, make in networks(quick, batch):
         for kind, layer in NETWORKS.items():
             yield {"network": name, "layers": kind, "batch": images, **one_step(make, layer, device, images, size)}
+
+
+def networks(
+    quick: bool, batch: int
+) -> Iterator[tuple[str, int, int, Callable[[Callable[..., nn.Module]], nn.Module]]]:
+    """Name, batch, image size, and what makes it of a kind of layers; convolutions in float32."""
+    torch.backends.cudnn.allow_tf32 = False
+    yield "ResNet-20", 8 if quick else 256, 32, resnet20
+    if not quick:
+        yield "ResNet-50", batch, 224, resnet50
+
+
+def inference(device: torch.device, quick: bool, batch: int) -> Iterator[dict[str, Any]]:
+    """Forward passes in eval mode: the CNN, the adder network as it is, and fused as ``evaluate`` and ``run`` do it."""
+    for name, images, size, make in networks(quick, batch):
+        x = torch.randn(images, 3, size, size, device=device).to(memory_format=torch.channels_last)
+        for kind in ("conv", "adder", "adder, fused"):
+            try:
+                network = make(NETWORKS["conv" if kind == "conv" else "full"]).to(device).eval()
+            except ImportError as error:
+                yield {"network": name, "layers": kind, "not measured": str(error)}
+                continue
+            with torch.inference_mode():
+                running = fused(network) if kind == "adder, fused" else network
+                took = seconds(functools.partial(running, x), device, 0.05 if quick else 1.0)
+            yield {"network": name, "layers": kind, "batch": images, "ms": took * 1e3, "images/s": images / took}
 
 
 def one_step(
@@ -316,6 +350,7 @@ def run(
         "limit": lambda: limit(device, quick),
         "layers": lambda: layers(device, quick, batch),
         "steps": lambda: steps(device, quick, batch),
+        "inference": lambda: inference(device, quick, batch),
     }
     about = {
         "torch": torch.__version__,

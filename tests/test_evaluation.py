@@ -85,3 +85,27 @@ def test_a_network_of_another_input_says_how_to_set_it(network):
     with pytest.raises(AnncvtError, match="1x1x12") as caught:
         evaluate(network, images([0] * 7), PREPROCESS)
     assert "--input-size" in caught.value.fix
+
+
+def test_where_it_pays_the_network_is_fused(monkeypatch):
+    from networks import Residual
+
+    from anncvt import evaluation
+    from anncvt.fused import FusedAdder2d
+    from anncvt.nn import AdderConv2d
+    from anncvt.passes import fuse
+
+    network = Residual(classes=3)
+    network.conv1 = AdderConv2d.from_conv(network.conv1)
+    pixels = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    some = Images(pixels, torch.tensor([0, 1, 2, 0, 1, 2]), None, "noise")
+    preprocess = Preprocess((3, 8, 8), (0.0,), (1.0,))
+    expected = evaluate(network, some, preprocess)
+    ran = []
+    monkeypatch.setattr(FusedAdder2d, "forward", lambda *a, f=FusedAdder2d.forward: ran.append(1) or f(*a))
+    assert evaluate(network, some, preprocess) == expected and not ran
+    for module in (evaluation, fuse):
+        monkeypatch.setattr(module, "pays", lambda device: True)
+    assert evaluate(network, some, preprocess, batch_size=3) == expected
+    assert len(ran) == 3, "a look at the first images, then two batches"
+    assert type(network.conv1) is AdderConv2d and network.training

@@ -32,9 +32,11 @@ def test_every_section_runs_on_the_cpu(tmp_path, capsys):
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
     assert {row["section"] for row in rows} == {"about", *gpu.SECTIONS}
     checked = [row for row in rows if "worst" in row]
-    assert len(checked) == 3 and all(len(row["worst"]) == 5 for row in checked)
+    assert len(checked) == 3 and all(len(row["worst"]) == 6 for row in checked)
     assert all(took > 0 for row in rows if "Gtaps" in row and row["layer"] != "all" for took in row["ms"].values())
     assert all(row["images/s"] > 0 for row in rows if "network" in row)
+    inference = [row["layers"] for row in rows if row["section"] == "inference" and "layers" in row]
+    assert inference == ["conv", "adder", "adder, fused"]
 
 
 def test_a_section_that_breaks_leaves_the_others(monkeypatch, capsys):

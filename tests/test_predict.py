@@ -45,3 +45,9 @@ def test_refused(program, picture):
         predict(program, [picture], backend="tensorrt")
     with pytest.raises(AnncvtError, match="no adder network"):
         predict(dataclasses.replace(program, student=None), [picture])
+
+
+@pytest.mark.parametrize("options", [{"backend": "tvm"}, {"integers": True}])
+def test_only_floats_in_torch_run_on_a_gpu(program, picture, options):
+    with pytest.raises(AnncvtError, match="on the CPU, not on cuda"):
+        predict(program, [picture], device="cuda", **options)

@@ -115,3 +115,18 @@ def test_no_student():
     program.student = None
     with pytest.raises(AnncvtError, match="no adder network"):
         bench(program)
+
+
+def test_on_another_device_torch_alone_takes_part(monkeypatch, tmp_path):
+    """The base is then the CNN in torch."""
+    ran_on = []
+
+    def runner(network, device, progress):
+        ran_on.append(str(device))
+        return lambda images: np.zeros((len(images), 2), np.float32)
+
+    monkeypatch.setattr("anncvt.runtime.torch_runner.runner", runner)
+    result = bench(tiny_program(tmp_path), repeats=3, device="cuda:1")
+    assert [(row["network"], row["backend"]) for row in result["rows"]] == [("student", "torch"), ("teacher", "torch")]
+    assert ran_on == ["cuda:1"] * 2 and result["rows"][1]["ratio"] == 1
+    assert set(result["missing"]) == {"onnxruntime", "tvm"} and result["settings"]["device"] == "cuda:1"

@@ -301,7 +301,7 @@ def test_the_fused_op_has_no_gradient():
 
 
 @pytest.mark.parametrize(
-    ("at", "message"), [(2, r"scale must be \[16\], got \[3\]"), (3, "shift must be"), (4, "residual must be")]
+    ("at", "message"), [(2, r"scale must be \[32\], got \[3\]"), (3, "shift must be"), (4, "residual must be")]
 )
 def test_bad_arguments_of_the_fused_op(at, message):
     arguments = list(fused_arguments(KINDS["vectors"]))

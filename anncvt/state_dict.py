@@ -179,9 +179,10 @@ def _unwrap(value: Any, where: str) -> tuple[Any, list[str], str | None]:
                 where=where,
                 fix="save torch.save(model.state_dict(), path)",
             )
-        if any(_is_tensor(leaf) for leaf in value.values()):
-            return value, notes, None
         inside = {k: v for k, v in value.items() if isinstance(k, str) and _holds_weights(v)}
+        # Beside the weights may lie a loss or an accuracy that is a tensor, as PyTorch's own ImageNet example has it.
+        if any(_is_tensor(leaf) for leaf in value.values()) and not any(k in inside for k in WRAPPERS):
+            return value, notes, None
         key = next((k for k in WRAPPERS if k in inside), next(iter(inside), None) if len(inside) == 1 else None)
         if key is None:
             listed = ", under " + ", ".join(map(repr, list(inside or value)[:8])) if value else ""

@@ -28,6 +28,12 @@ def test_wrapped_twice_and_under_a_name_of_its_own(network):
     assert unwrap({"student": network.state_dict(), "epoch": 1}).tensors
 
 
+def test_a_figure_that_is_a_tensor_hides_no_weights(network):
+    """What the ImageNet example of PyTorch writes, as many repositories after it."""
+    found = unwrap({"epoch": 3, "state_dict": network.state_dict(), "best_acc1": torch.tensor(71.2)})
+    assert list(found.tensors) == list(network.state_dict())
+
+
 def test_the_average_is_named_where_both_are_there(network):
     found = unwrap({"model_ema": network.state_dict(), "model": network.state_dict()})
     assert found.notes == ("weights taken from 'model' (also there: model_ema)",)

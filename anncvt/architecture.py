@@ -84,7 +84,10 @@ def _called(arch: str, make: Any) -> nn.Module:
             fix="pass what it needs with --arch-args NAME=VALUE",
         ) from error
     if not isinstance(network, nn.Module):
-        raise AnncvtError(f"{arch} makes a {type(network).__name__}, not a torch.nn.Module", fix="name its factory")
+        raise AnncvtError(
+            f"{arch} makes no torch.nn.Module but: {type(network).__name__}",
+            fix="name the class of the network, or a function that makes it",
+        )
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in network.parameters()):
         raise AnncvtError(
             f"{arch} has lazy layers, whose sizes are not known yet",

@@ -31,7 +31,8 @@ def cli() -> None:
 def plan(model: str, **rest: Any) -> None:
     """Show which layers become adders, and why.
 
-    MODEL may be a converted folder: then it shows what happened there. To choose layer by layer, write the plan with
+    MODEL is a checkpoint file, torchvision:NAME, timm:NAME, hf-hub:NAME or module:factory. It may also be a converted
+    folder: then plan shows what happened there. To choose layer by layer, write the plan with
     --json, edit its actions ("swap" or "keep"), and pass it back with --plan.
     """
     from anncvt import api, report
@@ -65,6 +66,8 @@ def plan(model: str, **rest: Any) -> None:
 @options.common
 def convert(model: str, output: Path | None, dry_run: bool, max_drop: float | None, **rest: Any) -> None:
     """Turn a CNN into an adder network.
+
+    MODEL is a checkpoint file, torchvision:NAME, timm:NAME, hf-hub:NAME or module:factory.
 
     The whole way: plan, rewrite, calibrate and, with --distill, train.
 

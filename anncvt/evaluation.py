@@ -85,7 +85,7 @@ def _forward(network: nn.Module, batch: Tensor, name: str) -> Tensor:
         raise AnncvtError(
             f"the network does not take {size} images: {reason}",
             where=name,
-            fix="set the size it was trained for with --input-size CHANNELS,HEIGHT,WIDTH",
+            fix="set the size it was trained for with --input-size CHANNELSxHEIGHTxWIDTH",
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(batch):
         shape = "x".join(map(str, logits.shape)) if isinstance(logits, Tensor) else type(logits).__name__

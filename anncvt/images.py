@@ -112,7 +112,7 @@ def decode(picture: Picture, size: tuple[int, ...], where: str) -> np.ndarray:
         raise AnncvtError(
             f"pictures have 1 or 3 channels, height and width; the network's input is {_by(size)}",
             where=where,
-            fix="set --input-size to CHANNELS,HEIGHT,WIDTH with 1 or 3 channels",
+            fix="set --input-size to CHANNELSxHEIGHTxWIDTH with 1 or 3 channels",
         )
     channels, height, width = size
     if isinstance(picture, np.ndarray) and picture.shape == (height, width, *(() if channels == 1 else (channels,))):

@@ -223,6 +223,8 @@ def _wrong_architecture(path: Path, arch: str, mismatch: Mismatch, content: Weig
     if mismatch.shapes and len(heads) == len(mismatch) and len({s[1][0] for s in heads}) == 1:
         fix = f"if only the number of classes differs: --arch-args num_classes={heads[0][1][0]}"
     what = f"the weights do not fit {arch}: {mismatch.describe()}"
+    if re.search(r"-\d+-of-\d+$", path.stem):
+        fix = "this is one part of several: name the index file beside them, *.index.json"
     if content.module:
         what += f" (they come from a pickled {content.module})"
     return AnncvtError(what, where=str(path), fix=fix)

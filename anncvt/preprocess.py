@@ -71,7 +71,7 @@ def _size(given: int | tuple[int, ...] | None, possible: tuple[int, ...], ndim: 
         return None
     values = (given,) if isinstance(given, int) else tuple(given)
     if any(value < 1 for value in values):
-        raise AnncvtError(f"input size {_list(values)} is not positive", fix="for example --input-size 3,224,224")
+        raise AnncvtError(f"input size {_list(values)} is not positive", fix="for example --input-size 3x224x224")
     if len(values) == 1:
         return (channels, *values * ndim)
     if len(values) == ndim:
@@ -80,12 +80,12 @@ def _size(given: int | tuple[int, ...] | None, possible: tuple[int, ...], ndim: 
         if values[0] not in possible:
             raise AnncvtError(
                 f"the first convolution reads {channels} channels, not {values[0]}",
-                fix=f"for example --input-size {_list((channels, *values[1:]))}",
+                fix=f"for example --input-size {'x'.join(map(str, (channels, *values[1:])))}",
             )
         return values
     raise AnncvtError(
         f"input size {_list(values)} has {len(values)} numbers; the network wants {ndim} or {ndim + 1}",
-        fix="give channels and the spatial size, for example --input-size 3,224,224",
+        fix="give channels and the spatial size, for example --input-size 3x224x224",
     )
 
 

@@ -72,10 +72,11 @@ def _totals(decided: Plan) -> list[str]:
         "ISSCC 2014)",
     ]
     if inserted:
-        lines.append(f"{inserted} adders get a BatchNorm of their own, because none follows")
+        who = "1 adder gets a BatchNorm of its" if inserted == 1 else f"{inserted} adders get a BatchNorm of their"
+        lines.append(f"{who} own, because none follows")
     if decided.memory is not None:
         size, image = decided.memory.fixed, decided.memory.per_image
-        lines.append(f"a training step takes about {count(size)}B and {count(image)}B per image of the batch")
+        lines.append(f"a training step takes about {count(size)}B of memory and {count(image)}B more per image")
     return lines
 
 

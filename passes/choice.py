@@ -62,8 +62,12 @@ class Choice:
         found = {"keep": list(self.keep), "swap": list(self.swap), "policy": self.policy}
         return found | ({"linear": True} if self.linear else {}) | ({"file": actions} if actions else {})
 
-    def check(self, names: Iterable[str]) -> None:
+    def check(self, names: Iterable[str], linears: Iterable[str] = ()) -> None:
         """Find out that a GLOB matches nothing, or that the file names a layer that is not there.
+
+        Args:
+            names: layers that can be chosen.
+            linears: Linear layers, which can be with ``linear`` only.
 
         Raises:
             AnncvtError: so it is; close names are listed.
@@ -71,8 +75,14 @@ class Choice:
         known = list(names)
         for flag, patterns in (("--keep", self.keep), ("--swap", self.swap)):
             for pattern in patterns:
-                if not fnmatch.filter(known, pattern):
-                    raise AnncvtError(f"{flag} {pattern!r} matches no layer", fix=_close(pattern, known))
+                if fnmatch.filter(known, pattern):
+                    continue
+                if not self.linear and fnmatch.filter(linears, pattern):
+                    raise AnncvtError(
+                        f"{flag} {pattern!r} matches Linear layers alone, which stay as they are",
+                        fix=f"leave out {flag} {pattern}, or pass --linear",
+                    )
+                raise AnncvtError(f"{flag} {pattern!r} matches no layer", fix=_close(pattern, known))
         for name in self.file:
             if name not in known:
                 raise AnncvtError(f"the plan file has a layer {name!r}, the network does not", fix=_close(name, known))

@@ -106,7 +106,7 @@ def observe(network: nn.Module, input_size: tuple[int, ...]) -> Observation:
                 fix="it needs compiled operators of torchvision, as detection networks do: install the torchvision "
                 "built for this torch"
                 if missing
-                else "pass the network's input with --input-size CHANNELS,HEIGHT,WIDTH",
+                else "pass the network's input with --input-size CHANNELSxHEIGHTxWIDTH",
             ) from error
     shapes = tuple(tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
     if not shapes:

@@ -75,11 +75,14 @@ def _nothing(model: str, decided: Plan) -> AnncvtError:
         )
     reasons = sorted({layer.reason for layer in decided.layers})
     share = decided.other_macs / max(1, decided.totals()["macs"])
+    fix = "use a CNN, or name layers to convert all the same with --swap GLOB, --policy or --linear"
+    if any(reason.startswith(("--keep", "plan file")) for reason in reasons):
+        fix = "keep fewer layers with --keep and --plan"
     return AnncvtError(
         f"nothing to convert: its convolutions ({len(decided.layers)}) are kept ({'; '.join(reasons[:3])})"
         + (f", and {share:.0%} of the multiply-accumulates are in Linear layers" if share > 0.1 else ""),
         where=model,
-        fix="use a CNN, or name layers to convert all the same with --swap GLOB, --policy or --linear",
+        fix=fix,
     )
 
 
@@ -92,7 +95,7 @@ def decide(network: nn.Module, observation: Observation, traced: Trace, training
     modules = dict(network.named_modules(remove_duplicate=False))
     idle = {n: m for n, m in network.named_modules() if isinstance(m, _ConvNd) and n not in observation.calls}
     calls = observation.calls | (observation.linears if choice.linear else {})
-    choice.check([*calls, *idle])
+    choice.check([*calls, *idle], observation.linears)
     place = {name: at for at, name in enumerate(observation.order)}
     if choice.linear:  # convolutions that are functions stay behind the one that ran before them
         calls = dict(sorted(calls.items(), key=lambda item: place.get(item[0], place.get(_owner(item[0]), 0))))

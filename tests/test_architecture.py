@@ -68,7 +68,7 @@ def test_packages_and_nested_names(tmp_path):
         ("no_such_module:make", "no module 'no_such_module'"),
         ("anncvt_net_c:nothing", "has no 'nothing'"),
         ("anncvt_net_c:NUMBER", "a int, not a class or function"),
-        ("anncvt_net_c:text", "makes a str"),
+        ("anncvt_net_c:text", "makes no torch.nn.Module but: str"),
         ("anncvt_net_c:make", "could not be built: TypeError"),
         ("../x:make", "not the name of a Python object"),
         ("anncvt_broken:make", "ZeroDivisionError"),

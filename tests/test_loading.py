@@ -34,6 +34,15 @@ def test_a_checkpoint_with_its_architecture_beside_it(saved):
     assert torch.equal(program.teacher(x), network(x))
 
 
+def test_one_part_of_several_is_told_from_a_wrong_architecture(saved):
+    path, network = saved
+    part = path.with_name("net-00001-of-00002.pth")
+    torch.save(dict(list(network.state_dict().items())[:5]), part)
+    with pytest.raises(AnncvtError, match="do not fit") as error:
+        load(part, arch="anncvt_arch:Residual")
+    assert "index" in error.value.fix
+
+
 def test_build_gives_the_architecture_again(saved):
     path, network = saved
     source = load(path, arch="anncvt_arch:Residual").source

@@ -32,7 +32,7 @@ def load_transform(name: str) -> Transform:
         except Exception as error:  # whatever the user's code raises
             raise AnncvtError(f"{name} failed: {type(error).__name__}: {error}", fix="name a factory") from error
     if not callable(transform):
-        raise AnncvtError(f"{name} makes a {type(transform).__name__}, not a transform", fix="name a factory")
+        raise AnncvtError(f"{name} makes no transform but: {type(transform).__name__}", fix="name a factory")
     return transform
 
 

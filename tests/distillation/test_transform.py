@@ -44,7 +44,7 @@ def test_an_image_changes_by_its_own_seed_and_nothing_else_does():
         ("my_transforms:absent", "has no 'absent'"),
         ("no_such_module:x", "no module 'no_such_module'"),
         ("my_transforms", "is not the name of a Python object"),
-        ("my_transforms:number", "makes a int, not a transform"),
+        ("my_transforms:number", "makes no transform but: int"),
     ],
 )
 def test_a_transform_that_is_none_is_named(name, message):

@@ -101,6 +101,14 @@ def test_a_glob_that_matches_nothing_lists_close_names(option):
     assert "conv1" in error.value.fix
 
 
+def test_a_glob_for_linear_layers_points_to_the_option():
+    with pytest.raises(AnncvtError, match="matches Linear layers alone") as error:
+        planned(Residual(), 8, swap=["head"])
+    assert "--linear" in error.value.fix
+    with pytest.raises(AnncvtError, match="matches no layer"):
+        planned(Residual(), 8, linear=True, swap=["heads"])
+
+
 def test_what_has_no_counterpart_cannot_be_swapped_by_name_and_is_passed_over_by_a_pattern():
     with pytest.raises(AnncvtError, match="up cannot be swapped: transposed"):
         planned(Awkward(), 6, swap=["up"])
@@ -151,6 +159,9 @@ def test_networks_with_nothing_to_swap_are_refused():
         planned(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), 8)
     with pytest.raises(AnncvtError, match=r"kept \(stem.*Linear"):
         planned(nn.Sequential(nn.Conv2d(3, 2, 4, 4), nn.Flatten(), nn.Linear(8, 500)), 8)
+    with pytest.raises(AnncvtError, match=r"are kept \(--keep") as error:
+        planned(Residual(), 8, keep=["*"])
+    assert "keep fewer layers" in error.value.fix
 
 
 def test_a_network_that_gains_little_is_told_so():

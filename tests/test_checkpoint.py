@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from fuzz import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from networks import Residual
 from safetensors.torch import save_file
@@ -273,7 +274,7 @@ def originals(tmp_path_factory):
     return [write(folder / kind, kind, small).read_bytes() for kind in ("zip", "legacy", "module", "safetensors")]
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@fuzz(250)
 @given(data=st.data())
 def test_mutated_checkpoints_raise_only_our_error(tmp_path, originals, data):
     content = bytearray(data.draw(st.sampled_from(originals)))

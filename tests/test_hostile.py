@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from fuzz import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
@@ -226,14 +227,14 @@ def originals(tmp_path_factory):
     return {file.stem: file for file in folder.iterdir()}
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@fuzz(40)
 @given(data=st.data())
 def test_mutations_inside_a_valid_archive(tmp_path, originals, data):
     load_mutated(tmp_path, originals, data)
 
 
 @pytest.mark.slow
-@settings(max_examples=4000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@fuzz(4000)
 @given(data=st.data())
 def test_many_mutations_inside_a_valid_archive(tmp_path, originals, data):
     load_mutated(tmp_path, originals, data)
@@ -256,7 +257,7 @@ OPCODES = [
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@fuzz(300)
 @given(data=st.data())
 def test_mutated_pickles(originals, data):
     original = next(v for n, v in members(originals["module"]).items() if n.endswith("data.pkl"))

@@ -5,6 +5,7 @@ import pickle
 import pickletools
 
 import pytest
+from fuzz import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -108,6 +109,7 @@ def test_impossible_tensors_are_refused(numbers):
         read(data + items + b"tR.")
 
 
+@fuzz(100)
 @given(st.binary(max_size=300))
 def test_random_bytes_raise_only_our_error(data):
     with contextlib.suppress(AnncvtError):

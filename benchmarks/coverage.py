@@ -272,7 +272,7 @@ class _Worker:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(name + "\n")
         self.process.stdin.flush()
-        ready, _, _ = select.select([self.process.stdout], [], [], SECONDS)
+        ready = self._answers()
         line = self.process.stdout.readline() if ready else ""
         if line:
             return json.loads(line)
@@ -280,6 +280,11 @@ class _Worker:
         self.process.wait()
         reason = "the process died" if ready else f"not done after {SECONDS} s"
         return {"model": name, "status": "failed", "reason": reason, "seconds": SECONDS}
+
+    def _answers(self) -> bool:
+        """Whether it does within the time, counted second by second: while everything is stopped, none goes by."""
+        assert self.process is not None
+        return any(select.select([self.process.stdout], [], [], 1)[0] for _ in range(SECONDS))
 
 
 def _work(run: bool) -> None:

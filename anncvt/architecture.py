@@ -19,6 +19,8 @@ from anncvt.errors import AnncvtError
 if TYPE_CHECKING:
     from torch import nn
 
+#: Modules and parameters that any network may have; see :func:`bounded`.
+_SPARE_PARTS = 10_000
 #: Top-level modules imported from a folder, so that another folder's file of the same name replaces them.
 _FROM_FOLDER: dict[str, str] = {}
 
@@ -69,6 +71,32 @@ def instantiate(
     with callable_of(prefix, name, folders) as (factory, folder):
         network = _called(arch, lambda: factory(**arguments))
     return network, folder or _outside_site(prefix)
+
+
+@contextlib.contextmanager
+def bounded(tensors: int) -> Iterator[None]:
+    """Refuse to build networks of many times more layers than ``tensors``: a configuration file may ask for any number.
+
+    Raises:
+        AnncvtError: from whatever builds one inside the block.
+    """
+    from torch.nn.modules import module
+
+    left = _SPARE_PARTS + 10 * tensors
+
+    def count(*part: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise AnncvtError(
+                f"its configuration describes a network of many times more layers than the {tensors} tensors here",
+                fix="pass --arch, and --arch-args where it takes some",
+            )
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(module.register_module_module_registration_hook(count).remove)
+        stack.callback(module.register_module_parameter_registration_hook(count).remove)
+        yield
 
 
 def _called(arch: str, make: Any) -> nn.Module:

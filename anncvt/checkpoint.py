@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+import stat
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -67,7 +68,10 @@ def sniff(path: Path) -> str:
         AnncvtError: the file is missing, unreadable, or a zip that is cut short.
     """
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe may wait for ever, and readers jump to and fro
+            raise AnncvtError("not a regular file", where=str(path), fix="copy what it gives to a file first")
+        size = status.st_size
         with open(path, "rb") as file:
             head = file.read(1024)
     except FileNotFoundError as error:

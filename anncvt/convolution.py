@@ -44,6 +44,8 @@ def form_of(conv: nn.Module) -> Form:
         raise NoForm("transposed: no adder counterpart")
     if not isinstance(conv, _ConvNd):
         raise NoForm(f"{type(conv).__name__}: not a convolution")
+    if any(parameter.is_complex() for parameter in conv.parameters()):
+        raise NoForm("complex numbers: no adder counterpart")
     if conv._forward_hooks or (conv._forward_pre_hooks and "weight" in conv._parameters):
         raise NoForm("has hooks that a replacement would lose")
     if type(conv) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and "weight" in conv._parameters:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anncvt import zoo
-from anncvt.architecture import instantiate, on_path, parse_arch_args
+from anncvt.architecture import bounded, instantiate, on_path, parse_arch_args
 from anncvt.checkpoint import Checkpoint, read, sha256
 from anncvt.errors import AnncvtError, first_line
 from anncvt.preprocess import choose_preprocess
@@ -199,6 +199,12 @@ def _from_file(
 def _strict(network: nn.Module, table: Mapping[str, Any], path: Path) -> None:
     if any(value.is_quantized for value in table.values()):
         raise AnncvtError("a quantised checkpoint", where=str(path), fix="use the network before quantisation")
+    own = network.state_dict()
+    imaginary = [name for name, value in table.items() if value.is_complex() and not own[name].is_complex()]
+    if imaginary:
+        raise AnncvtError(
+            f"{imaginary[0]} holds complex numbers, in the network it does not", where=str(path), fix="check --arch"
+        )
     broken = [name for name, value in table.items() if not _finite(value)]
     if broken:
         raise AnncvtError(f"{broken[0]} holds NaN or infinity", where=str(path), fix="use an earlier checkpoint")
@@ -242,7 +248,9 @@ def _infer(
     near: tuple[str, Mismatch] | None = None
     for candidate in zoo.candidates(path):
         wanted = {**candidate.arguments, **arguments}
-        table, mismatch = fit(content.tensors, _outline(candidate.arch, wanted))
+        with bounded(len(content.tensors)):
+            outline = _outline(candidate.arch, wanted)
+        table, mismatch = fit(content.tensors, outline)
         if not mismatch:
             fits.append((candidate, wanted, table))
         elif near is None:

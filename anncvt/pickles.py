@@ -38,9 +38,20 @@ STORAGE_DTYPES = {
     "CharStorage": "int8",
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+    "QInt8Storage": "int8",
+    "QUInt8Storage": "uint8",
+    "QInt32Storage": "int32",
     "UntypedStorage": "uint8",
 }
 
+#: What makes tensors that have no bytes to read: what they are, what to do.
+UNREADABLE = {
+    "torch._utils._rebuild_qtensor": ("quantised", "use the network before quantisation"),
+    "torch._utils._rebuild_sparse_tensor": ("a sparse tensor", "save it dense, with tensor.to_dense()"),
+    "torch._utils._rebuild_meta_tensor_no_storage": ("on the meta device, without values", "save it with its weights"),
+}
 #: Callables that settings saved beside the weights use (NumPy scalars, paths, dates). They are not called either.
 _HARMLESS = frozenset(
     f"{module}.{name}"
@@ -57,6 +68,7 @@ _HARMLESS = frozenset(
         "pathlib": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
         "pathlib._local": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
         "torch": "device",
+        "torch.serialization": "_get_layout",
         "torch.jit._pickle": "build_boollist build_doublelist build_intlist build_tensorlist restore_type_tag",
         "torch._utils": "_rebuild_qtensor _rebuild_sparse_tensor _rebuild_nested_tensor "
         "_rebuild_meta_tensor_no_storage _rebuild_device_tensor_from_numpy "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from anncvt.checkpoint import Checkpoint
 from anncvt.errors import AnncvtError
-from anncvt.pickles import Inert, TensorRef, corrupt
+from anncvt.pickles import UNREADABLE, Inert, TensorRef, corrupt
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -101,6 +101,10 @@ def _weights(checkpoint: Checkpoint, where: str) -> Weights:
         leaves = {name: leaf for name, leaf in value.items() if isinstance(name, str) and _is_tensor(leaf)}
     if not leaves:
         raise AnncvtError("no weights inside", where=where, fix="save torch.save(model.state_dict(), path)")
+    for name, leaf in leaves.items():
+        if isinstance(leaf, Inert):
+            what, fix = UNREADABLE[leaf.path]
+            raise AnncvtError(f"{name} is {what}", where=where, fix=fix)
     if "n_averaged" in leaves and all(name.startswith("module.") for name in leaves if name != "n_averaged"):
         del leaves["n_averaged"]
         notes.append("the moving average that torch.optim.swa_utils.AveragedModel keeps")
@@ -203,7 +207,8 @@ def _holds_weights(value: Any) -> bool:
 
 
 def _is_tensor(leaf: Any) -> bool:
-    if isinstance(leaf, TensorRef):
+    """One that can be read, or one of which is known why it cannot be."""
+    if isinstance(leaf, TensorRef) or (isinstance(leaf, Inert) and leaf.path in UNREADABLE):
         return True
     import torch
 

@@ -29,6 +29,8 @@ _KEEP_ALIVE: list[Any] = []
 _untold: list[str] = []
 #: What a configuration file may not tell timm's factory: to read other files, or to fetch weights.
 _NOT_FROM_FILES = frozenset({"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"})
+#: Widths, depths and classes of a network in a configuration file are at most this.
+_LARGEST_ARGUMENT = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -169,11 +171,11 @@ def hub_architecture(name: str) -> Candidate:
             fix="check the name and the network, or download its config.json and weights into one folder and name the "
             "weights file",
         ) from error
-    return _configured({**config, "architecture": architecture, "model_args": arguments})
+    return _configured({**config, "architecture": architecture, "model_args": arguments}, name)
 
 
-def _configured(config: Mapping[str, Any]) -> Candidate:
-    """timm's configuration of a model (``config.json`` on the hub)."""
+def _configured(config: Mapping[str, Any], where: str) -> Candidate:
+    """timm's configuration of a model (``config.json`` on the hub), which lies at ``where``."""
     inner, arguments = config.get("pretrained_cfg"), config.get("model_args")
     own = inner if isinstance(inner, Mapping) else config
     given = arguments.items() if isinstance(arguments, Mapping) else ()
@@ -181,8 +183,21 @@ def _configured(config: Mapping[str, Any]) -> Candidate:
     classes = config.get("num_classes") or own.get("num_classes")
     if isinstance(classes, int):
         kept = {"num_classes": classes} | kept
+    if _largest(kept) > _LARGEST_ARGUMENT:
+        raise AnncvtError(
+            "asks for an absurdly large network",
+            where=where,
+            fix="pass --arch, and --arch-args where it takes some",
+        )
     stated = {name: own[name] for name in ("input_size", "mean", "std") if isinstance(own.get(name), list | tuple)}
     return Candidate("timm", str(config.get("architecture", "")), kept, stated)
+
+
+def _largest(value: Any) -> float:
+    """The largest number in a JSON value."""
+    if isinstance(value, Mapping | list):
+        return max(map(_largest, value.values() if isinstance(value, Mapping) else value), default=0)
+    return abs(value) if isinstance(value, int | float) else 0
 
 
 @contextlib.contextmanager
@@ -248,14 +263,14 @@ def _config_beside(path: Path) -> Candidate | None:
     """The architecture that a hub's ``config.json`` in the same folder names, if it is one of timm's."""
     file = path.with_name("config.json")
     try:
-        if file.stat().st_size > 1 << 20:
+        if not file.is_file() or file.stat().st_size > 1 << 20:
             return None
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         return None
-    found = _configured(config)
+    found = _configured(config, str(file))
     return found if found.name in names("timm") else None
 
 

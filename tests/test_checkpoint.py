@@ -160,11 +160,34 @@ def test_other_files_are_named_for_what_they_are(tmp_path, content, message):
     assert error.value.fix
 
 
-def test_missing_file_and_folder(tmp_path):
+def test_missing_file_folder_and_pipe(tmp_path):
     with pytest.raises(AnncvtError, match="no such file"):
         checkpoint.read(tmp_path / "w.pt")
-    with pytest.raises(AnncvtError, match="cannot read"):
-        checkpoint.read(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for other in (tmp_path, tmp_path / "pipe"):  # a pipe that nobody writes to would be waited for
+        with pytest.raises(AnncvtError, match="not a regular file"):
+            checkpoint.read(other)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        (lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), "is quantised"),
+        (lambda weight: weight.to_sparse(), "is a sparse tensor"),
+        (lambda weight: weight.to("meta"), "is on the meta device"),
+    ],
+)
+def test_tensors_that_cannot_be_read_are_named(tmp_path, changed, what):
+    torch.save({"a.weight": changed(torch.ones(2, 2)), "a.bias": torch.ones(2)}, tmp_path / "w.pt")
+    with pytest.raises(AnncvtError, match=f"a.weight {what}"):
+        tensors(tmp_path / "w.pt")
+
+
+def test_complex_numbers_are_read(tmp_path):
+    value = torch.randn(3, dtype=torch.complex64)
+    torch.save({"w": value}, tmp_path / "w.pt")
+    assert torch.equal(tensors(tmp_path / "w.pt")["w"], value)
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])

@@ -102,6 +102,7 @@ def test_padding_by_the_size_of_the_input(options, size):
         (OwnStride(4, 4, 3), "differs from a plain"),
         (Fails(4, 4, 3), "KeyError"),
         (nn.ConvTranspose2d(4, 4, 3), "transposed"),
+        (nn.Conv2d(4, 4, 3, dtype=torch.complex64), "complex numbers"),
         (nn.Linear(4, 4), "not a convolution"),
     ],
 )

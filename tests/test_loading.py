@@ -43,6 +43,13 @@ def test_one_part_of_several_is_told_from_a_wrong_architecture(saved):
     assert "index" in error.value.fix
 
 
+def test_complex_weights_for_a_real_network_are_refused(saved):
+    path, network = saved
+    torch.save({name: value + 0j for name, value in network.state_dict().items()}, path)
+    with pytest.raises(AnncvtError, match="holds complex numbers"):
+        load(path, arch="anncvt_arch:Residual")
+
+
 def test_build_gives_the_architecture_again(saved):
     path, network = saved
     source = load(path, arch="anncvt_arch:Residual").source
@@ -299,6 +306,12 @@ def test_a_hostile_config_reads_no_other_file_and_makes_nothing_large(hub_folder
     (place / "config.json").write_text(json.dumps(config))
     with pytest.raises(AnncvtError, match="do not fit timm:test_resnet"):
         load(place / "model.safetensors")
+    for layers, message in (([1 << 30] * 4, "absurdly large"), ([1 << 17] * 4, "many times more layers")):
+        config["model_args"] = {"layers": layers}
+        (place / "config.json").write_text(json.dumps(config))
+        with pytest.raises(AnncvtError, match=message) as error:
+            load(place / "model.safetensors")
+        assert "--arch" in error.value.fix
 
 
 def test_hub_names_are_resolved_so_that_the_folder_opens_without_the_hub(hub_folder, tmp_path, monkeypatch):

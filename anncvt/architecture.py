@@ -116,12 +116,18 @@ def _called(arch: str, make: Any) -> nn.Module:
             f"{arch} makes no torch.nn.Module but: {type(network).__name__}",
             fix="name the class of the network, or a function that makes it",
         )
+    refuse_lazy(network, arch)
+    return network
+
+
+def refuse_lazy(network: nn.Module, name: str) -> None:
+    """Raises an AnncvtError where layers (``LazyConv2d``) wait for their first input to know their sizes."""
+    from torch import nn
+
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in network.parameters()):
         raise AnncvtError(
-            f"{arch} has lazy layers, whose sizes are not known yet",
-            fix="let its factory run it once, or state the sizes",
+            f"{name} has lazy layers, whose sizes are not known yet", fix="run it once on an image, or state the sizes"
         )
-    return network
 
 
 @contextlib.contextmanager

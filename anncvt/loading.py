@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anncvt import zoo
-from anncvt.architecture import bounded, instantiate, on_path, parse_arch_args
+from anncvt.architecture import bounded, instantiate, on_path, parse_arch_args, refuse_lazy
 from anncvt.checkpoint import Checkpoint, read, sha256
 from anncvt.errors import AnncvtError, first_line
 from anncvt.preprocess import choose_preprocess
@@ -70,6 +70,11 @@ def load(
     arguments = dict(arch_args or {})
     if isinstance(model, nn.Module):
         loaded = _given(model)
+    elif not isinstance(model, str | Path):
+        raise AnncvtError(
+            f"a network is expected, not a {type(model).__name__}",
+            fix="pass a file, a name like torchvision:resnet18, or an nn.Module",
+        )
     else:
         path = Path(model).expanduser()
         if path.exists() or not _NAMED.fullmatch(str(model)):
@@ -114,6 +119,13 @@ def build(source: Source, near: Path | None = None) -> nn.Module:
 PICKLED = "checkpoint"
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Without what several devices and torch.compile put around a network."""
+    while type(module).__name__ in ("DataParallel", "DistributedDataParallel", "OptimizedModule"):
+        module = next(module.children())
+    return module
+
+
 def _given(model: nn.Module) -> _Loaded:
     import torch
 
@@ -121,8 +133,8 @@ def _given(model: nn.Module) -> _Loaded:
 
     if isinstance(model, torch.jit.ScriptModule):
         raise AnncvtError("a TorchScript module cannot be rewritten", fix="pass the Python module it was made from")
-    while type(model).__name__ in ("DataParallel", "DistributedDataParallel", "OptimizedModule"):
-        model = next(model.children())
+    model = unwrapped(model)
+    refuse_lazy(model, type(model).__name__)
     try:
         return _Loaded(copied(model), Source(type(model).__name__), {"weights": "given"})
     except Exception as error:
@@ -305,9 +317,7 @@ def _pickled_module(path: Path, checkpoint: Checkpoint) -> nn.Module:
         ) from error
     while isinstance(value, Mapping):
         value = next(v for v in value.values() if isinstance(v, nn.Module))
-    while type(value).__name__ in ("DataParallel", "OptimizedModule"):
-        value = next(value.children())
-    return value
+    return unwrapped(value)
 
 
 _BASICS = ("torch._utils._rebuild", "torch._tensor._rebuild", "collections.", "torch.Size", "torch.device")

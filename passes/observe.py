@@ -90,6 +90,12 @@ def observe(network: nn.Module, input_size: tuple[int, ...]) -> Observation:
         raise AnncvtError(
             f"the network takes {len(inputs)} inputs ({', '.join(inputs)})", fix="convert a network of one image"
         )
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise AnncvtError(
+                f"{name or 'the network'} is TorchScript, which cannot be looked into",
+                fix="use the Python module that it was made from",
+            )
     watch = _Watch(network)
     parameter = next(network.parameters(), torch.empty(0))
     image = torch.zeros(1, *input_size, dtype=parameter.dtype, device=parameter.device)

@@ -173,9 +173,10 @@ def test_a_program_of_a_python_object_wants_the_object_again(tmp_path):
     with pytest.raises(AnncvtError, match="Python object") as error:
         folder.open_folder(tmp_path / "x.ann")
     assert "model=" in error.value.fix
-    opened = folder.open_folder(tmp_path / "x.ann", model=Residual())
     x = torch.randn(1, 3, 8, 8)
-    assert torch.equal(opened.student(x), program.student(x)) and torch.equal(opened.teacher(x), program.teacher(x))
+    for model in (Residual(), nn.DataParallel(Residual())):
+        opened = folder.open_folder(tmp_path / "x.ann", model=model)
+        assert torch.equal(opened.student(x), program.student(x)) and torch.equal(opened.teacher(x), program.teacher(x))
 
 
 def test_tied_weights_stay_tied(tmp_path):

@@ -144,6 +144,15 @@ def test_a_factory_as_model():
 def test_lazy_layers_are_refused():
     with pytest.raises(AnncvtError, match="has lazy layers"):
         load("torch.nn:LazyConv2d", arch_args={"out_channels": 4, "kernel_size": 3})
+    with pytest.raises(AnncvtError, match="has lazy layers"):
+        load(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(2)))
+
+
+@pytest.mark.parametrize("model", [Residual, {"weight": torch.ones(1)}, 3])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(AnncvtError, match="a network is expected") as error:
+        load(model)
+    assert "nn.Module" in error.value.fix
 
 
 def test_a_factory_that_imports_torchvision_works_beside_a_cpu_torch(tmp_path, monkeypatch):

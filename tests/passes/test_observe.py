@@ -76,6 +76,12 @@ def test_networks_that_do_not_run(network, message):
         observe(network, (1, 8, 8))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_scripted_part_is_named():
+    with pytest.raises(AnncvtError, match="1 is TorchScript"):
+        observe(nn.Sequential(nn.Conv2d(3, 4, 1), torch.jit.script(nn.Conv2d(4, 4, 1))), (3, 8, 8))
+
+
 def test_a_network_without_tensor_output():
     class Words(nn.Module):
         def forward(self, x):

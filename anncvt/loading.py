@@ -192,7 +192,10 @@ def _from_file(
     folder: str | None = None
     if arch is None:
         arch, arguments, network, table = _infer(path, content, arguments)
-        progress.note(f"{path.name}: architecture {arch}, by its name or config.json and a strict match of all tensors")
+        progress.note(
+            f"{path.name}: architecture {arch}, by its name, its entry 'arch' or config.json and a strict match of all "
+            "tensors"
+        )
     else:
         network, folder = instantiate(arch, arguments, [Path.cwd(), path.resolve().parent])
         if folder is not None:
@@ -251,14 +254,15 @@ def _wrong_architecture(path: Path, arch: str, mismatch: Mismatch, content: Weig
 def _infer(
     path: Path, content: Weights, arguments: dict[str, Any]
 ) -> tuple[str, dict[str, Any], nn.Module, dict[str, Any]]:
-    """The one architecture that the file's name or a config.json beside it suggests and every tensor fits.
+    """The one architecture that the file's name, its entry "arch" or a config.json beside it suggests and every tensor
+    fits.
 
     Returns:
         Architecture, its arguments, the network, the table of tensors.
     """
     fits = []
     near: tuple[str, Mismatch] | None = None
-    for candidate in zoo.candidates(path):
+    for candidate in zoo.candidates(path, content.arch):
         wanted = {**candidate.arguments, **arguments}
         with bounded(len(content.tensors)):
             outline = _outline(candidate.arch, wanted)

@@ -43,6 +43,7 @@ class Weights:
     tensors: dict[str, Tensor]
     notes: tuple[str, ...] = ()  # what was unwrapped, for the user
     module: str | None = None  # class of the pickled module they were taken from
+    arch: str | None = None  # the name that training scripts keep beside them
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def weights(checkpoint: Checkpoint, where: str) -> Weights:
 
 
 def _weights(checkpoint: Checkpoint, where: str) -> Weights:
-    value, notes, module = _unwrap(checkpoint.value, where)
+    value, notes, arch = _unwrap(checkpoint.value, where)
+    module: str | None = None
     if isinstance(value, Inert):
         module = re.sub(r"___torch_mangle_\d+\.", "", value.path.removeprefix("__torch__."))
         leaves = _of_module(value, where)
@@ -108,7 +110,7 @@ def _weights(checkpoint: Checkpoint, where: str) -> Weights:
     if "n_averaged" in leaves and all(name.startswith("module.") for name in leaves if name != "n_averaged"):
         del leaves["n_averaged"]
         notes.append("the moving average that torch.optim.swa_utils.AveragedModel keeps")
-    return Weights({name: checkpoint.tensor(leaf) for name, leaf in leaves.items()}, tuple(notes), module)
+    return Weights({name: checkpoint.tensor(leaf) for name, leaf in leaves.items()}, tuple(notes), module, arch)
 
 
 def fit(tensors: Mapping[str, Tensor], network: nn.Module) -> tuple[dict[str, Tensor], Mismatch]:
@@ -172,11 +174,16 @@ def _stripped(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _unwrap(value: Any, where: str) -> tuple[Any, list[str], str | None]:
-    """Descend through ``{'state_dict': ...}`` and the like to a table of tensors or a pickled module."""
+    """Descend through ``{'state_dict': ...}`` and the like to a table of tensors or a pickled module.
+
+    Returns:
+        What was found, notes on the way there, and the ``'arch'`` that lay beside it.
+    """
     notes: list[str] = []
+    arch: str | None = None
     for _ in range(8):
         if isinstance(value, Inert) and (_is_module(value) or value.path.startswith("__torch__.")):
-            return value, notes, None
+            return value, notes, arch
         if not isinstance(value, Mapping):
             raise AnncvtError(
                 f"holds a {_kind(value)}, not the weights of a network",
@@ -186,7 +193,7 @@ def _unwrap(value: Any, where: str) -> tuple[Any, list[str], str | None]:
         inside = {k: v for k, v in value.items() if isinstance(k, str) and _holds_weights(v)}
         # Beside the weights may lie a loss or an accuracy that is a tensor, as PyTorch's own ImageNet example has it.
         if any(_is_tensor(leaf) for leaf in value.values()) and not any(k in inside for k in WRAPPERS):
-            return value, notes, None
+            return value, notes, arch
         key = next((k for k in WRAPPERS if k in inside), next(iter(inside), None) if len(inside) == 1 else None)
         if key is None:
             listed = ", under " + ", ".join(map(repr, list(inside or value)[:8])) if value else ""
@@ -194,6 +201,7 @@ def _unwrap(value: Any, where: str) -> tuple[Any, list[str], str | None]:
             raise AnncvtError(f"{what} inside{listed}", where=where, fix="save the one network's state_dict() alone")
         others = [k for k in inside if k != key]
         notes.append(f"weights taken from '{key}'" + (f" (also there: {', '.join(others[:4])})" if others else ""))
+        arch = value["arch"] if isinstance(value.get("arch"), str) else arch
         value = inside[key]
     raise AnncvtError("wrapped too deeply", where=where, fix="save torch.save(model.state_dict(), path)")
 

@@ -245,16 +245,24 @@ def torchvision_preprocess(name: str) -> Preprocess | None:
     return Preprocess((3, *frames, size[0], size[-1]), tuple(mean), tuple(std))
 
 
-def candidates(path: Path) -> list[Candidate]:
-    """What a checkpoint may be of: torchvision's file of that name, timm's config.json beside it, the same stem."""
+def candidates(path: Path, stated: str | None = None) -> list[Candidate]:
+    """What a checkpoint may be of: torchvision's file of that name, timm's config.json beside it, the same stem.
+
+    Args:
+        stated: what the checkpoint itself says; counts as a stem, too.
+    """
     exact = [Candidate("torchvision", name) for name in _torchvision_file(path.name)]
     if exact:
         return exact
     beside = _config_beside(path)
     if beside is not None:
         return [beside]
-    stem = re.sub(r"[-_.][0-9a-f]{8,}$", "", path.stem).replace("-", "_").lower()
-    base, dot, _ = stem.partition(".")  # timm names a training recipe behind a dot: resnet18.a1_in1k
+    named = _named(re.sub(r"[-_.][0-9a-f]{8,}$", "", path.stem))
+    return named + [candidate for candidate in _named(stated or "") if candidate not in named]
+
+
+def _named(stem: str) -> list[Candidate]:
+    base, dot, _ = stem.replace("-", "_").lower().partition(".")  # timm names a recipe behind a dot: resnet18.a1_in1k
     zoos = ("timm",) if dot else ZOOS
     return [Candidate(zoo, name) for zoo in zoos for name in names(zoo) if name.lower() == base]
 

@@ -246,11 +246,22 @@ def test_the_file_name_suggests_and_every_tensor_confirms(tmp_path):
 
 
 @needs_torchvision
+def test_what_training_scripts_note_beside_the_weights_suggests_too(tmp_path):
+    network = zoo.build("torchvision", "squeezenet1_1", {})
+    path = tmp_path / "model_best.pth.tar"
+    torch.save({"arch": "squeezenet1_1", "state_dict": network.state_dict(), "best_acc1": torch.tensor(58.2)}, path)
+    assert load(path).source.arch == "torchvision:squeezenet1_1"
+    torch.save({"arch": "my_net", "state_dict": network.state_dict()}, path)
+    with pytest.raises(AnncvtError, match="nothing says for which network"):
+        load(path)
+
+
+@needs_torchvision
 def test_ambiguous_names_are_listed_not_guessed(tmp_path, monkeypatch):
     network = zoo.build("torchvision", "squeezenet1_1", {})
     torch.save(network.state_dict(), tmp_path / "net.pth")
     pair = [zoo.Candidate("torchvision", "squeezenet1_1")] * 2
-    monkeypatch.setattr(zoo, "candidates", lambda path: pair)
+    monkeypatch.setattr(zoo, "candidates", lambda path, stated: pair)
     with pytest.raises(AnncvtError, match="several architectures fit") as error:
         load(tmp_path / "net.pth")
     assert "--arch torchvision:squeezenet1_1" in error.value.fix

@@ -171,7 +171,7 @@ def _from_file(
 ) -> _Loaded:
     if path.is_dir():
         raise AnncvtError("a folder, not a checkpoint", where=str(path), fix="name the checkpoint file in it")
-    if not path.exists() and ":" not in str(path):
+    if not path.exists():
         raise AnncvtError(
             "no such file", where=str(path), fix="check the path, or name a model: torchvision:resnet18, timm:NAME"
         )

@@ -39,6 +39,7 @@ from torch.nn.modules.conv import _ConvNd
 from anncvt import folder, zoo
 from anncvt.errors import AnncvtError
 from anncvt.loading import load
+from anncvt.nn import _AdderNd
 from anncvt.passes.choice import Choice
 from anncvt.passes.observe import observe_outline
 from anncvt.passes.plan import plan
@@ -181,7 +182,7 @@ def _tensors(output: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def _equal_before_the_first_adder(program: Program) -> int:
-    """Kept convolutions whose input is the same in both networks give the same output, to the bit; returns how many."""
+    """Convolutions that run before an adder does give the CNN's output, to the bit; returns how many there are."""
     image = torch.rand(1, *program.preprocess.input_size)
     seen: list[dict[str, tuple[Tensor, Tensor]]] = []
     for network in (program.teacher, program.student):
@@ -191,7 +192,10 @@ def _equal_before_the_first_adder(program: Program) -> int:
             for name, module in network.named_modules()
             if isinstance(module, _ConvNd)
         ]
-        with torch.random.fork_rng(devices=[]):
+        handles += [
+            adder.register_forward_pre_hook(_stop) for adder in network.modules() if isinstance(adder, _AdderNd)
+        ]
+        with torch.random.fork_rng(devices=[]), contextlib.suppress(_Stop):
             network(image)
         for handle in handles:
             handle.remove()
@@ -204,6 +208,14 @@ def _equal_before_the_first_adder(program: Program) -> int:
                 raise ValueError(f"{name} was kept and computes something else")
             equal += 1
     return equal
+
+
+class _Stop(Exception):
+    """Enough was seen."""
+
+
+def _stop(*arguments: Any) -> None:
+    raise _Stop
 
 
 def _note(

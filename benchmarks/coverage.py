@@ -344,8 +344,9 @@ def document(rows: dict[str, dict[str, Any]], missing: list[str]) -> str:
         "*Converted* means: planned and rewritten with the default policy; the adder network's shapes are the CNN's in "
         "eval and training mode (on torch's meta device, where its Python allows that); kept layers hold the CNN's "
         "values; the program was saved and opened again by name with equal tensors. *Run* means besides: finite "
-        "outputs on real numbers in both modes, and kept layers before the first adder give the CNN's outputs to the "
-        "bit. *Refused* means: an error that says why, nothing was changed. None of it says anything about accuracy.",
+        "outputs on real numbers in training mode, and in eval mode with the statistics that the norms took from that "
+        "batch; kept layers before the first adder give the CNN's outputs to the bit. *Refused* means: an error that "
+        "says why, nothing was changed. None of it says anything about accuracy.",
         "",
         "| collection | architectures | converted | of these run | refused | left out | failed |",
         "|---|---|---|---|---|---|---|",

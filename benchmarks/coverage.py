@@ -136,13 +136,14 @@ def _examine(name: str, row: dict[str, Any], run: bool) -> dict[str, Any]:
         row["step"] = "kept layers"
         row["equal"] = _equal_before_the_first_adder(done)
         row["step"] = "training"
-        _normalise(done.student, size)
+        images = torch.rand(2, *size)
+        _normalise(done.student, images)
         row["step"] = "inference"
         with torch.no_grad():
-            _tensors(done.student.eval()(torch.rand(1, *size)))
+            _tensors(done.student.eval()(images[:1]))
         if zlib.crc32(name.encode()) % EXPORTED == 0:
             row["step"] = "onnx"
-            row |= _exported(done)
+            row |= _exported(done, images)
     del row["step"]
     return {"status": "converted"} | (_with_linear(program) if totals["swapped_share"] < 0.5 else {})
 
@@ -164,12 +165,12 @@ def _affordable(network: nn.Module, stated: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _normalise(network: nn.Module, size: tuple[int, ...]) -> None:
+def _normalise(network: nn.Module, images: Tensor) -> None:
     """Run it in training mode; its norms keep that batch's statistics, without which adders lead out of all bounds."""
     for module in network.modules():
         if isinstance(module, _BatchNorm):
             module.momentum = 1.0
-    _tensors(network.train()(torch.rand(2, *size)))
+    _tensors(network.train()(images))
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -238,12 +239,15 @@ def _stored(program: Program) -> None:
 
 
 @torch.no_grad()
-def _exported(program: Program) -> dict[str, Any]:
-    """Whether it can be exported, and how far onnxruntime's outputs are from torch's then (of the largest output)."""
+def _exported(program: Program, images: Tensor) -> dict[str, Any]:
+    """Whether it can be exported, and how far onnxruntime's outputs are from torch's then (of the largest output).
+
+    Args:
+        images: those that its norms fit; other ones, behind random adders, may leave every output at zero.
+    """
     from anncvt.runtime import check, onnx
 
     assert program.student is not None
-    images = torch.rand(2, *program.preprocess.input_size)
     with tempfile.TemporaryDirectory() as place:
         try:
             session = onnx.session(onnx.export(program, Path(place) / "x.onnx"), threads=1, library="none")

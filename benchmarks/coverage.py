@@ -141,6 +141,7 @@ def _examine(name: str, row: dict[str, Any], run: bool) -> dict[str, Any]:
         row["step"] = "inference"
         with torch.no_grad():
             _tensors(done.student.eval()(images[:1]))
+        row["run"] = True
         if zlib.crc32(name.encode()) % EXPORTED == 0:
             row["step"] = "onnx"
             row |= _exported(done, images)
@@ -358,7 +359,7 @@ def document(rows: dict[str, dict[str, Any]], missing: list[str]) -> str:
     for collection in zoo.ZOOS:
         mine = [row for row in rows.values() if row["model"].startswith(collection + ":")]
         counts = [sum(row["status"] == status for row in mine) for status in _STATUSES]
-        counts.insert(1, sum("equal" in row for row in mine))
+        counts.insert(1, sum("run" in row for row in mine))
         lines.append(f"| {collection} | {len(mine)} | " + " | ".join(map(str, counts)) + " |")
     exported = [row["onnx"] for row in rows.values() if "onnx" in row]
     apart = [row["onnx_difference"] for row in rows.values() if "onnx_difference" in row]
@@ -387,7 +388,7 @@ def document(rows: dict[str, dict[str, Any]], missing: list[str]) -> str:
         "",
         "Share: of the multiply-accumulates (Linear layers included) in layers that become adders. Inserted: adders "
         "that get a BatchNorm of their own. MACs of attention products are not counted. What ran was run at the "
-        "smallest of some usual input sizes that the network takes.",
+        "smallest of some usual input sizes that the network takes; *training*: all but the run in eval mode was done.",
         "",
         "| architecture | M parameters | input | run | adders | share | inserted | share with `--linear` | kept |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -404,7 +405,7 @@ def _converted(row: dict[str, Any]) -> str:
         row["model"],
         f"{row['parameters'] / 1e6:.1f}",
         "x".join(map(str, row["input"])),
-        "yes" if "equal" in row else "no",
+        "yes" if "run" in row else "training" if "equal" in row else "no",
         f"{row['swapped']} of {row['convolutions']}",
         f"{row['swapped_share']:.0%}",
         str(row["inserted"]),
@@ -431,7 +432,7 @@ def _chosen(only: list[str], again: bool, run: bool) -> Iterator[str]:
     done = {
         name
         for name, row in measured().items()
-        if not again and not (run and row["status"] == "converted" and "equal" not in row)
+        if not again and not (run and row["status"] == "converted" and "run" not in row)
     }
     for name in _names():
         if name not in done and (not only or any(fnmatch.fnmatchcase(name, pattern) for pattern in only)):

@@ -34,6 +34,7 @@ ROWS = [
         inserted=2,
         kept=["stem: it reads the image", "depthwise"],
         equal=1,
+        run=True,
         onnx="exported",
         onnx_difference=2e-6,
     ),

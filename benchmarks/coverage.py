@@ -168,10 +168,22 @@ def _affordable(network: nn.Module, stated: tuple[int, ...]) -> tuple[int, ...]:
 @torch.no_grad()
 def _normalise(network: nn.Module, images: Tensor) -> None:
     """Run it in training mode; its norms keep that batch's statistics, without which adders lead out of all bounds."""
-    for module in network.modules():
-        if isinstance(module, _BatchNorm):
-            module.momentum = 1.0
+    handles = [m.register_forward_hook(_keep_statistics) for m in network.modules() if isinstance(m, _BatchNorm)]
     _tensors(network.train()(images))
+    for handle in handles:
+        handle.remove()
+
+
+def _keep_statistics(norm: _BatchNorm, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """Those that it normalised by.
+
+    Its own estimate of the variance is larger where a batch has few values; in eval mode that moves all outputs of the
+    adders behind it the same way, in the end to zero.
+    """
+    if norm.running_mean is not None and norm.running_var is not None:
+        values = inputs[0].transpose(0, 1).flatten(1)
+        norm.running_mean.copy_(values.mean(1))
+        norm.running_var.copy_(values.var(1, unbiased=False))
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -135,12 +135,9 @@ def _examine(name: str, row: dict[str, Any], run: bool) -> dict[str, Any]:
     if run:
         row["step"] = "kept layers"
         row["equal"] = _equal_before_the_first_adder(done)
-        row["step"] = "training"
+        row["step"] = "run"
         images = torch.rand(2, *size)
-        _normalise(done.student, images)
-        row["step"] = "inference"
-        with torch.no_grad():
-            _tensors(done.student.eval()(images[:1]))
+        _run(done.student, images)
         row["run"] = True
         if zlib.crc32(name.encode()) % EXPORTED == 0:
             row["step"] = "onnx"
@@ -166,20 +163,20 @@ def _affordable(network: nn.Module, stated: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _normalise(network: nn.Module, images: Tensor) -> None:
-    """Run it in training mode; its norms keep that batch's statistics, without which adders lead out of all bounds."""
-    handles = [m.register_forward_hook(_keep_statistics) for m in network.modules() if isinstance(m, _BatchNorm)]
+def _run(network: nn.Module, images: Tensor) -> None:
+    """Run it in training mode, then in eval mode, where each norm first takes the statistics of what it reads.
+
+    Random adders lead out of all bounds without them. Those of the training pass will not do: a rounding apart, they
+    move all outputs of the adders behind them the same way, and deep networks end at zero.
+    """
     _tensors(network.train()(images))
+    handles = [m.register_forward_pre_hook(_take_statistics) for m in network.modules() if isinstance(m, _BatchNorm)]
+    _tensors(network.eval()(images))
     for handle in handles:
         handle.remove()
 
 
-def _keep_statistics(norm: _BatchNorm, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    """Those that it normalised by.
-
-    Its own estimate of the variance is larger where a batch has few values; in eval mode that moves all outputs of the
-    adders behind it the same way, in the end to zero.
-    """
+def _take_statistics(norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
     if norm.running_mean is not None and norm.running_var is not None:
         values = inputs[0].transpose(0, 1).flatten(1)
         norm.running_mean.copy_(values.mean(1))
@@ -361,8 +358,8 @@ def document(rows: dict[str, dict[str, Any]], missing: list[str]) -> str:
         "*Converted* means: planned and rewritten with the default policy; the adder network's shapes are the CNN's in "
         "eval and training mode (on torch's meta device, where its Python allows that); kept layers hold the CNN's "
         "values; the program was saved and opened again by name with equal tensors. *Run* means besides: finite "
-        "outputs on real numbers in training mode, and in eval mode with the statistics that the norms took from that "
-        "batch; kept layers before the first adder give the CNN's outputs to the bit. *Refused* means: an error that "
+        "outputs on real numbers in training mode, and in eval mode with norms that fit those "
+        "images; kept layers before the first adder give the CNN's outputs to the bit. *Refused* means: an error that "
         "says why, nothing was changed. None of it says anything about accuracy.",
         "",
         "| collection | architectures | converted | of these run | refused | left out | failed |",
@@ -377,9 +374,10 @@ def document(rows: dict[str, dict[str, Any]], missing: list[str]) -> str:
     apart = [row["onnx_difference"] for row in rows.values() if "onnx_difference" in row]
     lines += [
         "",
-        f"Exported to ONNX: {exported.count('exported')} of a sample of {len(exported)} converted networks. Run by "
-        f"onnxruntime, as their definition in standard operators, {sum(x < 1e-3 for x in apart)} give torch's outputs "
-        "to a thousandth of the largest, the others to ten times what a change of the image by a millionth does.",
+        f"Exported to ONNX: {exported.count('exported')} of a sample of {len(exported)} converted networks. Of "
+        f"{len(apart)} run by onnxruntime, as their definition in standard operators, "
+        f"{sum(x < 1e-3 for x in apart)} give torch's outputs to a thousandth of the largest, the others to ten times what "
+        "a change of the image by a millionth does.",
     ]
     lines += [f"- {row['model']}: {row['onnx']}" for row in rows.values() if row.get("onnx", "exported") != "exported"]
     if missing:

@@ -376,8 +376,8 @@ def document(rows: dict[str, dict[str, Any]], missing: list[str]) -> str:
         "",
         f"Exported to ONNX: {exported.count('exported')} of a sample of {len(exported)} converted networks. Of "
         f"{len(apart)} run by onnxruntime, as their definition in standard operators, "
-        f"{sum(x < 1e-3 for x in apart)} give torch's outputs to a thousandth of the largest, the others to ten times what "
-        "a change of the image by a millionth does.",
+        f"{sum(x < 1e-3 for x in apart)} give torch's outputs to a thousandth of the largest, the others to ten "
+        "times what a change of the image by a millionth does.",
     ]
     lines += [f"- {row['model']}: {row['onnx']}" for row in rows.values() if row.get("onnx", "exported") != "exported"]
     if missing:

@@ -43,7 +43,7 @@ def test_parity_and_latency():
         | {"images_per_second": 1000 / ms, "memory_mb": None, "ratio": ms / 2, "ratio_int8": None}
         for name, ms in (("teacher", 2.0), ("student", 1.0))
     ]
-    shown = text(report.latency({"rows": rows, "missing": {}}))
+    shown = text(report.latency({"rows": rows, "missing": {}, "settings": {}}))
     assert shown.index("student") < shown.index("teacher"), "the fastest first"
     assert "batch 1, threads 2" in shown and "0.50x" in shown and "1000.0" in shown
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -34,3 +35,13 @@ class Epilogue(NamedTuple):
         if self.residual is not None:
             y.add_(self.residual)
         return y.clamp_(self.low, self.high) if self.low > -float("inf") or self.high < float("inf") else y
+
+
+def stepwise(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``forward`` with an :class:`Epilogue` as its last argument, which is computed when the layer is done."""
+
+    def fused_forward(*arguments: Any) -> Tensor:
+        *layer, epilogue = arguments
+        return epilogue.of(forward(*layer))
+
+    return fused_forward

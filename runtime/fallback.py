@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anncvt.runtime.epilogue import Epilogue
+from anncvt.runtime.epilogue import stepwise
 from anncvt.runtime.geometry import Padding, expand_padding, output_size
 
 
@@ -32,17 +32,7 @@ def forward(
     return y.flatten(1, 2)
 
 
-def fused_forward(
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    epilogue: Epilogue,
-) -> Tensor:
-    """:func:`forward` and what follows it."""
-    return epilogue.of(forward(x, weight, stride, padding, dilation, groups))
+fused_forward = stepwise(forward)
 
 
 def input_gradient(

@@ -154,7 +154,7 @@ class _FixedPoint(Kernel):
 
     def _patch_sums(self, work: Item) -> None:
         """Besides, the input becomes integers: each value is read once."""
-        layer, rows, blocks = self.layer, self.in_rows, self.in_blocks // self.sum_groups
+        layer, rows, per_group = self.layer, self.in_rows, self.in_blocks // self.sum_groups
         cells = T.alloc_buffer((self.in_width * LANES,), "float32")
         line = T.alloc_buffer((self.in_width,), "float32")
         with T.serial(self.sum_groups) as g, T.serial(rows) as h:
@@ -162,9 +162,9 @@ class _FixedPoint(Kernel):
             inside = tirx.all(source_row >= 0, source_row < layer.size[0])
             with T.serial(self.in_width) as w:
                 T.buffer_store(cells, splat(0, "float32", LANES), [ramp(w * LANES, LANES)])
-            with T.serial(blocks) as b, T.serial(self.in_width) as w:
+            with T.serial(per_group) as b, T.serial(self.in_width) as w:
                 column = w * self.picked[1] - layer.padding.left
-                block = g * blocks + b
+                block = g * per_group + b
                 plane = work.image * self.in_blocks + block
                 at = ((plane * layer.size[0] + source_row) * layer.size[1] + column) * LANES
                 target = ramp(block * self.plane + (h * self.in_width + w) * LANES, LANES)

@@ -287,10 +287,10 @@ class Kernel:
 
         The last ones may overlap their neighbours.
         """
-        blocks, vectors = self.cut.out_blocks, self.cut.vectors
-        with T.serial(-(-blocks // vectors)) as index:
+        count, vectors = self.cut.out_blocks, self.cut.vectors
+        with T.serial(-(-count // vectors)) as index:
             begin = index * vectors
-            yield index, first + (tirx.min(begin, blocks - vectors) if blocks % vectors else begin)
+            yield index, first + (tirx.min(begin, count - vectors) if count % vectors else begin)
 
     def _call(self, totals: Any, place: Any, work: Item, o: Any, tile: Tile, first: Any, count: Any) -> None:
         """Add ``count`` input blocks from ``first`` to the sums of ``tile`` in memory; the first of all begin them."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anncvt.runtime.epilogue import Epilogue
+from anncvt.runtime.epilogue import stepwise
 from anncvt.runtime.geometry import expand_padding
 from anncvt.runtime.kernels import cache
 from anncvt.runtime.kernels.spec import SHARPNESS, Spec, as_pair, divisor, lanes_for
@@ -42,17 +42,7 @@ def forward(
     return _unpad(y, weight.shape[0], 1 if spec.depthwise else groups)
 
 
-def fused_forward(
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    epilogue: Epilogue,
-) -> Tensor:
-    """See :func:`anncvt.runtime.fallback.fused_forward`."""
-    return epilogue.of(forward(x, weight, stride, padding, dilation, groups))
+fused_forward = stepwise(forward)
 
 
 @multiplied_input_gradient

@@ -62,7 +62,7 @@ class Layer:
     @property
     def form(self) -> str:
         """The mode that is really used."""
-        return "abs" if self.mode in ("max", "fixed") and self.per_lane else self.mode
+        return "abs" if self.mode == "max" and self.per_lane else self.mode
 
     @property
     def pointwise(self) -> bool:

@@ -36,7 +36,7 @@ class Tiling:
 
     All pixels of the item are done for ``depth`` input blocks before the next blocks' turn. ``linear``: a tile is
     ``width`` pixels in a row that goes on in the next line of the image. A tile has the sums of ``vectors`` output
-    blocks, of which ``out_blocks`` is a multiple.
+    blocks; the last ones of an item may overlap.
     """
 
     rows: int

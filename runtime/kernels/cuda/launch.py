@@ -55,7 +55,7 @@ def fused_forward(
     groups: int,
     epilogue: Epilogue,
 ) -> Tensor:
-    """See :func:`anncvt.runtime.fallback.fused_forward`."""
+    """See :class:`anncvt.runtime.epilogue.Epilogue`."""
     shape = _layer(x, weight, stride, padding, dilation)
     image = _nhwc(x)
     y = image.new_empty(x.shape[0], *shape.output, weight.shape[0])

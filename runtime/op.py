@@ -45,11 +45,11 @@ def adder2d(
             subgradient, for calibration).
 
     Returns:
-        ``[N, O, H', W']`` in the dtype of ``x``, also under autocast (``weight`` may keep its float32); half types
-        accumulate in float32.
+        ``[N, O, H', W']`` in the dtype of ``x`` (``weight`` may keep its float32); half types accumulate in float32.
+        Under autocast float32.
 
     Raises:
-        ValueError: shapes, groups or ``gradient`` do not fit.
+        ValueError: shapes, devices, groups or ``gradient`` do not fit.
     """
     _check(x, weight, groups, gradient)
     implementation, a = _implementation(x)
@@ -88,10 +88,10 @@ def adder2d_fused(
         low, high: the limits; None: there is none.
 
     Returns:
-        ``[N, O, H', W']`` in the dtype of ``x``, also under autocast; half types are computed with in float32.
+        ``[N, O, H', W']`` in the dtype of ``x``, under autocast float32; half types are computed with in float32.
 
     Raises:
-        ValueError: shapes or groups do not fit.
+        ValueError: shapes, devices or groups do not fit.
     """
     _check_fused(x, weight, scale, shift, residual, stride, padding, dilation, groups)
     implementation, a = _implementation(x)
@@ -184,6 +184,14 @@ def _check(x: Tensor, weight: Tensor, groups: int, gradient: str) -> None:
         )
     if gradient not in GRADIENTS:
         raise ValueError(f"adder2d: gradient must be one of {GRADIENTS}, got {gradient!r}")
+    _check_devices("adder2d", x, weight=weight)
+
+
+def _check_devices(name: str, x: Tensor, **others: Tensor | None) -> None:
+    """A kernel would follow a pointer into the memory of another device, which ends the process's use of the GPU."""
+    for argument, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: x is on {x.device}, {argument} on {tensor.device}; move both to one device")
 
 
 def _check_fused(
@@ -206,6 +214,7 @@ def _check_fused(
             raise ValueError(f"adder2d_fused: {name} must be [{outputs}], got {list(line.shape)}")
     if residual is not None and residual.shape != size:
         raise ValueError(f"adder2d_fused: the residual must be {list(size)}, got {list(residual.shape)}")
+    _check_devices("adder2d_fused", x, scale=scale, shift=shift, residual=residual)
     return size
 
 

@@ -219,6 +219,7 @@ def test_symbolic_trace_keeps_the_gradients():
         ({"groups": 3}, "do not fit groups=3"),
         ({"gradient": "signed"}, "must be one of"),
         ({"padding": [1, 1, 1]}, "2 .h, w. or 4"),
+        ({"weight": torch.zeros(4, 3, 3, 3, device="meta")}, "x is on cpu, weight on meta"),
     ],
 )
 def test_bad_arguments(change, message):
@@ -298,6 +299,14 @@ def test_the_fused_op_has_no_gradient():
     y = torch.ops.anncvt.adder2d_fused(arguments[0].requires_grad_(), *arguments[1:])
     with pytest.raises(RuntimeError, match="adder2d_fused"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_tensors_on_several_devices(at):
+    arguments = list(fused_arguments(KINDS["vectors"]))
+    arguments[at] = arguments[at].to("meta")
+    with pytest.raises(ValueError, match=r"adder2d.*x is on cpu, \w+ on meta"):
+        torch.ops.anncvt.adder2d_fused(*arguments)
 
 
 @pytest.mark.parametrize(

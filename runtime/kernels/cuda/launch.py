@@ -132,8 +132,8 @@ def integer_forward(
     shape = _layer(x, weight, stride, padding, dilation)
     # Four channels to a word; those added are what padding is, on both sides, and add nothing.
     more = (0, 0, 0, 0, 0, -weight.shape[1] % 4)
-    words = _nhwc(F.pad(x.unflatten(1, (groups, -1)), more, value=zero).flatten(1, 2)).view(torch.int32)
-    w = F.pad(weight, more, value=zero).permute(0, 2, 3, 1).contiguous().view(torch.int32).permute(0, 3, 1, 2)
+    words = _words(F.pad(x.unflatten(1, (groups, -1)), more, value=zero).flatten(1, 2))
+    w = _words(F.pad(weight, more, value=zero)).permute(0, 3, 1, 2)
     y = torch.empty(x.shape[0], *shape.output, weight.shape[0], dtype=torch.int32, device=x.device)
     pad = zero * 0x01010101
     for part, result in _parts(words, y):
@@ -319,6 +319,13 @@ def _name(x: Tensor) -> str:
 
 def _nhwc(x: Tensor) -> Tensor:
     return _aligned(nhwc(x))
+
+
+def _words(x: Tensor) -> Tensor:
+    """``[N, H, W, C/4]`` int32 of bytes ``[N, C, H, W]``; C is a multiple of four."""
+    bytes_ = _nhwc(x)
+    # As a row, since strides of single pixels can be any, which torch will not see as words.
+    return bytes_.view(-1).view(torch.int32).view(*bytes_.shape[:3], bytes_.shape[3] // 4)
 
 
 @functools.cache

@@ -279,7 +279,7 @@ def test_exact_gradients_of_tiny_and_huge_values(emulate, magnitude):
     torch.testing.assert_close(dw.double(), expected_dw, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["vectors", "odd channels", "groups", "stride 2", "dilated", "depthwise"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("places", [1, 40])
 def test_integers_are_exact(emulate, kind, places):
     emulate(places)

@@ -6,6 +6,7 @@ read beyond them is not a number, what is written there is found.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,13 +15,15 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
-from anncvt.runtime.kernels.cuda import prelude
+from anncvt.runtime import kernels
+from anncvt.runtime.kernels.cuda import launch, prelude, variant
 from anncvt.runtime.kernels.cuda.source import source
 from anncvt.runtime.kernels.cuda.variant import FLOATS, Variant
 
@@ -61,6 +64,20 @@ class Emulator:
         assert not wrong, f"{variant.name}: {-wrong} words of shared memory met by several threads between two barriers"
         for name, place in held.items():
             place.give_back(written=name == "y")
+
+
+@contextlib.contextmanager
+def in_the_ops_place() -> Iterator[Emulator]:
+    """The op takes the CUDA kernels for the CPU's tensors; of their tiles the smallest."""
+    emulator = Emulator()
+    launch._room_of.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variant, "TILES", {kind: tiles[-1:] for kind, tiles in variant.TILES.items()})
+        patch.setattr(launch, "driver", emulator)
+        patch.setattr(kernels, "usable", lambda x: x.dtype in (torch.float32, torch.float16, torch.bfloat16))
+        patch.setattr(kernels, "compiled", lambda x: launch)
+        yield emulator
+    launch._room_of.cache_clear()
 
 
 class _Surrounded:

@@ -9,8 +9,8 @@ from anncvt.runtime import fallback
 from anncvt.runtime.epilogue import Epilogue
 from anncvt.runtime.kernels.cuda import launch
 
-#: Channels, filters, groups, stride: with and without vectors of four, strided, and depthwise.
-_LAYERS = ((20, 24, 1, 1), (5, 7, 1, 2), (12, 12, 12, 2))
+#: Channels, filters, groups, stride: with vectors of four, alone and shared by several blocks; without; depthwise.
+_LAYERS = ((20, 24, 1, 1), (64, 24, 1, 1), (5, 7, 1, 2), (12, 12, 12, 2))
 
 
 def disagreement(device: torch.device, dtype: torch.dtype) -> str | None:

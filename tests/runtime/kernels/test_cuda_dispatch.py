@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from parity import Case, assert_parity, op
 
 pytest.importorskip("tvm")
 
-from cuda_emulator import COMPILER, Emulator
+from cuda_emulator import COMPILER, Emulator, in_the_ops_place
 
 from anncvt.nn import AdderConv2d
 from anncvt.runtime import kernels, warmup
@@ -24,16 +25,9 @@ GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def emulated(monkeypatch) -> Emulator:
-    """The op takes the CUDA kernels for the CPU's tensors; of their tiles the smallest."""
-    emulator = Emulator()
-    monkeypatch.setattr(variant, "TILES", {kind: tiles[-1:] for kind, tiles in variant.TILES.items()})
-    monkeypatch.setattr(launch, "driver", emulator)
-    monkeypatch.setattr(kernels, "usable", lambda x: x.dtype in (torch.float32, torch.float16, torch.bfloat16))
-    monkeypatch.setattr(kernels, "compiled", lambda x: launch)
-    launch._room_of.cache_clear()
-    yield emulator
-    launch._room_of.cache_clear()
+def emulated() -> Iterator[Emulator]:
+    with in_the_ops_place() as emulator:
+        yield emulator
 
 
 @needs_emulator
@@ -234,6 +228,8 @@ def test_prebuilt_kernels_need_no_compiler(gpu, monkeypatch):
 def test_a_trial_finds_kernels_that_are_wrong(emulated, monkeypatch):
     cpu = torch.device("cpu")
     assert trial.disagreement(cpu, torch.float32) is None
+    kinds = {name.partition("_float")[0] for name in emulated.launched}
+    assert kinds == {kind for kind in variant.KINDS if kind != "integer"}, "a kind of kernel is not tried"
     right = launch.input_gradient
     monkeypatch.setattr(launch, "input_gradient", lambda *a: right(*a[:-1], "full"))
     assert trial.disagreement(cpu, torch.float32) == (

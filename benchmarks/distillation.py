@@ -22,9 +22,10 @@ import anncvt  # before torch: it sets how the thread pools wait
 # isort: split
 import torch
 import torch.nn.functional as F
+from resnets import resnet20
 from timing import CLOCKS, interleaved
 from torch import nn
-from training import peak_growth, resnet20
+from training import peak_growth
 
 from anncvt.data import Stream, open_images, select
 from anncvt.distillation.batches import Batches

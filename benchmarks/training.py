@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from resnets import NETWORKS, resnet20
 from shapes import OTHERS, RESNET20, Layer
 from timing import interleaved
-from torch import Tensor, nn
-
-from anncvt.nn import AdderConv2d
+from torch import Tensor
 
 LAST = torch.channels_last
 _CALLS = ("conv_forward", "adder_forward", "conv_train", "full_train", "exact_train")
@@ -73,38 +71,6 @@ def layer_times(layer: Layer, batch: int, repeats: int, clock: Callable[[], floa
         "exact_train": lambda: train(adder(leaf_x, leaf_weight, "exact")),
     }
     return interleaved(calls, repeats, clock)
-
-
-class Block(nn.Module):
-    """Two 3x3 layers with BatchNorm and a shortcut."""
-
-    def __init__(self, channels: int, outputs: int, layer: Callable[..., nn.Module]) -> None:
-        super().__init__()
-        self.stride = 1 if channels == outputs else 2
-        self.extra = outputs - channels
-        self.first, self.norm1 = layer(channels, outputs, 3, self.stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.second, self.norm2 = layer(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm2(self.second(F.relu(self.norm1(self.first(x)))))
-        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
-        return F.relu(y + shortcut)
-
-
-def resnet20(layer: Callable[..., nn.Module]) -> nn.Module:
-    """ResNet-20 for 32x32 images; ``layer`` makes the 3x3 layers after the stem."""
-    widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
-    blocks = [Block(a, b, layer) for a, b in itertools.pairwise(widths)]
-    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-
-
-#: The layers between stem and classifier.
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "conv": nn.Conv2d,
-    "full": AdderConv2d,
-    "exact": lambda *a, **k: AdderConv2d(*a, **k, gradient="exact"),
-}
 
 
 def step_of(name: str, batch: int) -> Callable[[], None]:

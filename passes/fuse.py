@@ -1,7 +1,8 @@
 """A network for inference on a device: each 2-d adder, with what follows it, as one call of the fused op.
 
 ``adder [-> BatchNorm] [-> + residual] [-> ReLU, ReLU6]`` becomes one :class:`anncvt.fused.FusedAdder2d`, in a copy that
-shares the network's tensors. What cannot be traced stays as it is.
+shares the network's tensors. timm's BatchNorm that ends with an activation counts as the two. What cannot be traced
+stays as it is.
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ class _Chain:
 
 def _fuse(view: fx.GraphModule) -> int:
     """Fuse the adders of a graph in place; how many."""
+    _divide_norms(view)
     taken: set[fx.Node] = set()
     chains = []
     for node in view.graph.nodes:
@@ -140,6 +142,42 @@ def _fuse(view: fx.GraphModule) -> int:
     view.graph.lint()
     view.recompile()
     return len(chains)
+
+
+def _divide_norms(view: fx.GraphModule) -> None:
+    """timm's ``BatchNormAct2d``, a BatchNorm that calls two modules of its own in the end, as three modules."""
+    for node in list(view.graph.find_nodes(op="call_module")):
+        norm = view.get_submodule(str(node.target))
+        ends = [name for name, _ in norm.named_children()]
+        if not isinstance(norm, nn.BatchNorm2d) or ends != ["drop", "act"] or node.kwargs or not _ends_so(norm):
+            continue
+        view.add_submodule(f"{node.name}_plain", _plain(norm))
+        last, names = node, [f"{node.name}_plain", *(f"{node.target}.{name}" for name in ends)]
+        for name in names:
+            with view.graph.inserting_after(last):
+                last = view.graph.call_module(name, node.args if last is node else (last,))
+        node.replace_all_uses_with(last)
+        view.graph.erase_node(node)
+
+
+def _ends_so(norm: nn.BatchNorm2d) -> bool:
+    """Whether it computes ``act(drop(norm(x)))``, on a probe: other classes may have modules of the same names."""
+    owner = next(norm.parameters(), norm.running_mean)
+    if owner is None:
+        return False
+    x = torch.linspace(-9, 9, 4 * norm.num_features, device=owner.device, dtype=owner.dtype)
+    x = x.view(2, norm.num_features, 1, 2)
+    drop, act = norm.get_submodule("drop"), norm.get_submodule("act")
+    return torch.equal(norm(x.clone()), act(drop(_plain(norm)(x))))
+
+
+def _plain(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    """Its BatchNorm alone, in eval mode, on the same tensors."""
+    plain = nn.BatchNorm2d(norm.num_features, norm.eps, None, norm.affine, norm.track_running_stats, device="meta")
+    plain.weight, plain.bias = norm.weight, norm.bias
+    for name, buffer in norm.named_buffers(recurse=False):
+        setattr(plain, name, buffer)
+    return plain.eval()
 
 
 def _begun(node: fx.Node, view: fx.GraphModule) -> _Chain | None:

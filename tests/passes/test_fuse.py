@@ -104,6 +104,67 @@ def test_what_is_taken_after_a_norm(after, limits, inputs):
     assert len(node.args) == inputs
 
 
+class NormAct(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d."""
+
+    def __init__(self, channels, act=None, drop=None, **options):
+        super().__init__(channels, **options)
+        self.drop, self.act = drop or nn.Identity(), act or nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class Twice(NormAct):
+    """Has the same modules and does more."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("norm", "limits"),
+    [
+        (NormAct(3), (0.0, None)),
+        (NormAct(3, nn.ReLU6(), nn.Dropout(0.5)), (0.0, 6.0)),
+        (NormAct(3, nn.SiLU(inplace=True)), (None, None)),
+        (NormAct(3, affine=False), (0.0, None)),
+        (Twice(3), (None, None)),
+    ],
+)
+def test_a_norm_that_ends_with_an_activation_is_both(norm, limits):
+    block = adders(Block(lambda m, x, y: y + x))
+    block.bn = norm
+    norm.running_mean.fill_(-25)
+    norm.running_var.fill_(90)
+    result = assert_same(block.eval())
+    (layer,) = layers(result)
+    assert (layer.low, layer.high) == limits
+    assert any(type(module) is Twice for module in result.modules()) == isinstance(norm, Twice)
+    assert not any(tensor.is_meta for tensor in result.state_dict().values())
+
+
+def test_a_norm_without_statistics_is_left():
+    block = adders(Block(lambda m, x, y: y))
+    block.bn = NormAct(3, track_running_stats=False)
+    (layer,) = layers(assert_same(block.eval()))
+    assert (layer.low, layer.high) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_byobnet"])
+def test_networks_of_timm(name):
+    from anncvt import zoo
+
+    if not zoo.names("timm"):
+        pytest.skip("timm is not installed")
+    network = adders(zoo.build("timm", name, {}).eval())
+    kinds = {type(module).__name__ for module in network.modules()}
+    assert "BatchNormAct2d" in kinds
+    fused_layers = layers(assert_same(network, torch.randn(2, 3, 64, 64)))
+    assert len(fused_layers) == sum(isinstance(module, AdderConv2d) for module in network.modules())
+    assert sum(layer.shift.abs().sum() > 0 for layer in fused_layers) > len(fused_layers) / 2  # with their norms
+
+
 class InPlace(nn.Module):
     """The adder's input is overwritten between the adder and its norm."""
 

@@ -46,7 +46,7 @@ LIMIT = """
 extern "C" __global__ void limit(float *out, float step, int turns) {
   float sums[16], others[16], x = threadIdx.x;
 #pragma unroll
-  for (int i = 0; i < 16; i++) sums[i] = 0.f, others[i] = step * i;
+  for (int i = 0; i < 16; i++) sums[i] = 0.f, others[i] = out[i];
   for (int turn = 0; turn < turns; turn++) {
     x += step;
 #pragma unroll
@@ -115,7 +115,7 @@ def limit(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
 
     threads, turns = 256, 1 << (10 if quick else 14)
     blocks = driver.multiprocessors(device) * 8
-    out = torch.empty(blocks * threads, device=device)
+    out = torch.zeros(blocks * threads, device=device)
     function = driver.function_of(build.compiled(LIMIT, driver.architecture(device)), "limit", device)
     arguments = [ctypes.c_void_p(out.data_ptr()), ctypes.c_float(1e-3), ctypes.c_int(turns)]
     took = seconds(lambda: driver.enqueue(function, (blocks, 1, 1), threads, arguments, device), device)
@@ -216,7 +216,14 @@ def layer_calls(layer: Layer, device: torch.device, batch: int) -> Iterator[tupl
 def steps(device: torch.device, quick: bool, batch: int) -> Iterator[dict[str, Any]]:
     for name, images, size, make in networks(quick, batch):
         for kind, layer in NETWORKS.items():
-            yield {"network": name, "layers": kind, "batch": images, **one_step(make, layer, device, images, size)}
+            step = training_step(make, layer, device, images, size)
+            yield {"network": name, "layers": kind, "batch": images, **step_figures(step, device, images)}
+    # At the end, since a capture that fails may leave the device unusable.
+    for name, images, size, make in networks(quick, batch) if device.type == "cuda" else ():
+        for kind in ("conv", "full"):
+            step = captured(training_step(make, NETWORKS[kind], device, images, size), device)
+            took = seconds(step, device, 2.0)
+            yield {"network": name, "layers": kind, "batch": images, "as a CUDA graph, ms": took * 1e3}
 
 
 def networks(quick: bool, batch: int) -> Iterator[tuple[str, int, int, Callable[[Layers], nn.Module]]]:
@@ -238,9 +245,10 @@ def inference(device: torch.device, quick: bool, batch: int) -> Iterator[dict[st
             yield {"network": name, "layers": kind, "batch": images, "ms": took * 1e3, "images/s": images / took}
 
 
-def one_step(
+def training_step(
     make: Callable[[Layers], nn.Module], layer: Layers, device: torch.device, batch: int, size: int
-) -> dict[str, Any]:
+) -> Callable[[], None]:
+    """A step of SGD on the same random images each time."""
     last = torch.channels_last
     x = torch.randn(batch, 3, size, size, device=device).to(memory_format=last)
     labels = torch.randint(0, 10, (batch,), device=device)
@@ -252,12 +260,36 @@ def one_step(
         F.cross_entropy(network(x), labels).backward()
         optimizer.step()
 
+    return step
+
+
+def step_figures(step: Callable[[], None], device: torch.device, batch: int) -> dict[str, Any]:
+    """Its time, and the most memory that it holds."""
     step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     took = seconds(step, device, 2.0)
     memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
     return {"ms": took * 1e3, "images/s": batch / took, "MiB": memory}
+
+
+def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """The step without the host's work for it: what a small network's time may be."""
+    graph = torch.cuda.CUDAGraph()
+    other = torch.cuda.Stream(device)
+    other.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(other):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream(device).wait_stream(other)
+    torch.cuda.synchronize(device)
+    with torch.cuda.graph(graph):
+        step()
+
+    def replay(_: object = step) -> None:  # whose tensors the graph works on: they live as long
+        graph.replay()
+
+    return replay
 
 
 def aims(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -15,6 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import gpu
 import gpu_correctness
 import resnets
+from sass import disassembler, instructions
+
+from anncvt.runtime.kernels.cuda import build
 
 CPU = torch.device("cpu")
 
@@ -172,6 +175,17 @@ def test_aims_are_ratios_of_the_rows():
     ]
     assert list(gpu.aims(rows).values()) == [0.8, 4.0, 2.0, 50.0, 1.2, 3e4]
     assert gpu.aims(rows[:1]) == {}
+
+
+@pytest.mark.skipif(build.nvcc() is None and build._nvrtc() is None, reason="needs a compiler of CUDA")
+@pytest.mark.skipif(disassembler() is None, reason="needs nvdisasm (package nvidia-cuda-nvdisasm)")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_limit_is_that_of_additions(arch, tmp_path):
+    """Two a tap and one a turn of 16 taps, whose loop is repeated for several turns; then the sums."""
+    found = instructions(build.compiled(gpu.LIMIT, arch), tmp_path)
+    loops = [name for name in found if name.startswith(("FADD", "FFMA", "FMUL", "HADD", "LD"))]
+    turns, rest = divmod(loops.count("FADD"), 33)
+    assert turns >= 1 and rest < 33 and not any(name.startswith(("FFMA", "FMUL", "LDL")) for name in loops)
 
 
 def test_the_networks_are_the_published_ones():

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import collections
 import json
-import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("tvm")
+
+from sass import disassembler, instructions
 
 from anncvt.errors import AnncvtError
 from anncvt.runtime.kernels import store
@@ -26,22 +25,6 @@ LARGEST = {
     kind: next(v for v in EVERY.values() if v.kind == kind and v.dtype in ("float32", "uint32"))
     for kind in ("forward", "fused", "dx", "dw", "integer")
 }
-
-
-def disassembler() -> str | None:
-    """nvdisasm: of a toolkit, or of the package nvidia-cuda-nvdisasm."""
-    packaged = (tool for place in sys.path for tool in Path(place).glob("nvidia/*/bin/nvdisasm"))
-    return shutil.which("nvdisasm") or next(map(str, packaged), None)
-
-
-def instructions(cubin: bytes, folder: Path) -> list[str]:
-    """The opcodes of a cubin, in their order."""
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    tool = disassembler()
-    assert tool is not None
-    text = subprocess.run([tool, str(path)], capture_output=True, text=True, check=True).stdout
-    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", text)
 
 
 def assert_lean(chosen: Variant, arch: str, folder: Path) -> None:

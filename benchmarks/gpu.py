@@ -152,7 +152,7 @@ def layers(device: torch.device, quick: bool, batch: int) -> Iterator[dict[str, 
             except torch.OutOfMemoryError:
                 row[name] = None
                 torch.cuda.empty_cache()
-        yield {"layer": str(layer), "Gtaps": layer.ops(batch) / 1e9, "ms": row}
+        yield {"layer": str(layer), "count": layer.count, "Gtaps": layer.ops(batch) / 1e9, "ms": row}
     # Sums only of what every layer has: others could not be compared.
     total = {name: sum(times) for name, times in measured.items() if len(times) == len(chosen)}
     yield {"layer": "all", "Gtaps": sum(layer.ops(batch) * layer.count for layer in chosen) / 1e9, "ms": total}
@@ -294,8 +294,7 @@ def captured(step: Callable[[], None], device: torch.device) -> Callable[[], Non
 
 def aims(rows: list[dict[str, Any]]) -> dict[str, float]:
     """What there are aims for on an H200, as far as these rows tell; the aim stands behind the name."""
-    ms = next((row["ms"] for row in rows if row.get("layer") == "all"), {})
-    taps = next((row["Gtaps"] for row in rows if row.get("layer") == "all"), 0)
+    layers = [row for row in rows if "count" in row and row["ms"].get("adder float32")]
     most = next((row["Gtaps/s"] for row in rows if "Gtaps/s" in row), None)
     steps = {(row["network"], row["layers"]): row for row in rows if "MiB" in row}
     found: dict[str, float] = {}
@@ -304,11 +303,17 @@ def aims(rows: list[dict[str, Any]]) -> dict[str, float]:
         if above and below:
             found[name] = above / below
 
-    forward, both = ms.get("adder float32"), ms.get("adder full, both ways")
-    ratio("float32 forward, of the limit of additions (0.8)", taps / forward * 1e3 if forward else None, most)
-    ratio("uint8 forward, times as fast as float32 (3)", forward, ms.get("adder uint8"))
-    ratio("both ways, times a convolution's (at most 3)", both, ms.get("convolution, both ways"))
-    ratio("both ways, times as fast as cdist (20)", ms.get("cdist, both ways"), both)
+    def times(name: str, slow: str, fast: str) -> None:
+        """Over the layers that have both: the clock, or the memory, may have cut some off."""
+        both = [(row["count"], row["ms"]) for row in layers if row["ms"].get(slow) and row["ms"].get(fast)]
+        ratio(name, *(sum(count * ms[which] for count, ms in both) for which in (slow, fast)))
+
+    taps = sum(row["count"] * row["Gtaps"] for row in layers)
+    forward = sum(row["count"] * row["ms"]["adder float32"] for row in layers) / 1e3
+    ratio("float32 forward, of the limit of additions (0.8)", taps / forward if forward else None, most)
+    times("uint8 forward, times as fast as float32 (3)", "adder float32", "adder uint8")
+    times("both ways, times a convolution's (at most 3)", "adder full, both ways", "convolution, both ways")
+    times("both ways, times as fast as cdist (20)", "cdist, both ways", "adder full, both ways")
     for name in ("ResNet-20", "ResNet-50"):
         adder, cnn = (steps.get((name, kind), {}) for kind in ("full", "conv"))
         ratio(f"{name}, memory, times a CNN's (at most 1.3)", adder.get("MiB"), cnn.get("MiB"))

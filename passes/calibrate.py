@@ -3,7 +3,8 @@
 1. Layers and blocks, one after the other (:mod:`anncvt.passes.fit_locally`): weights by quantile map, fitted to what
    the teacher computes there; then all layers of a block to what the teacher's block computes.
 2. All together, end to end (:mod:`anncvt.passes.fit_jointly`).
-3. The BatchNorm statistics are taken again.
+3. Where there is time left, the logits are distilled (:mod:`anncvt.passes.fit_logits`).
+4. The BatchNorm statistics are taken again.
 
 All steps use the op's exact (sign) gradient: the smoothed one of AdderNet training measures worse here.
 """
@@ -26,6 +27,7 @@ from anncvt.passes.fit_blocks import BlockFit
 from anncvt.passes.fit_jointly import JointFit, fit_jointly, refresh_statistics
 from anncvt.passes.fit_layers import LayerFit
 from anncvt.passes.fit_locally import LocalFit
+from anncvt.passes.fit_logits import LogitFit, fit_logits
 from anncvt.passes.initialise import initialise
 from anncvt.passes.pairing import Pair, channels_last, gradients, pairs
 from anncvt.passes.trace import trace
@@ -46,6 +48,7 @@ class CalibrationConfig:
     layer: LayerFit = field(default_factory=LayerFit)
     block: BlockFit = field(default_factory=BlockFit)
     joint: JointFit = field(default_factory=JointFit)
+    logits: LogitFit = field(default_factory=LogitFit)
     layer_share: float = 0.5  # of a time budget
     block_share: float = 0.3
 
@@ -86,8 +89,10 @@ def calibrate(
     if len(images) == 0:
         raise AnncvtError("no calibration images", fix="name a data set with images")
     config = config or CalibrationConfig()
-    size = _batch_size(config.joint.batch_size, plan, len(images), memory)
-    config = replace(config, joint=replace(config.joint, batch_size=size))
+    size, large = (_batch_size(stage.batch_size, plan, len(images), memory) for stage in (config.joint, config.logits))
+    config = replace(
+        config, joint=replace(config.joint, batch_size=size), logits=replace(config.logits, batch_size=large)
+    )
     identity = {"data": images.name, "images": len(images), "seed": seed, "memory": memory, "config": asdict(config)}
     state = CalibrationState(student, torch.Generator().manual_seed(seed), identity, folder)
     if resume:
@@ -95,7 +100,7 @@ def calibrate(
     begin -= state.seconds
     deadline = None if budget is None else begin + budget
     state.begin = begin
-    draw = _Batches(program, images, config.joint, state.generator)
+    draw = _Batches(program, images, state.generator)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     linear = any(layer.kind == "Linear" for layer in plan.swapped)
     graph = trace(teacher, linear=linear).parts[0].graph
@@ -114,6 +119,7 @@ def calibrate(
             last = fit_jointly(
                 teacher, student, paired, draw.next, config.joint, state.joint, deadline, state.keep, progress
             )
+            fit_logits(teacher, student, paired, draw.next, config.logits, state.logits, deadline, state.keep, progress)
             chosen = torch.randperm(len(images), generator=state.generator)[:2048]
             parts = [part for part in chosen.split(size) if len(part) == size]
             refresh_statistics(student, paired, (draw.plain(part) for part in parts))
@@ -130,6 +136,7 @@ def calibrate(
         "blocks": [_rounded(row) for row in state.blocks],
         "final_r2": {name: round(r2, 4) for name, r2 in last.items()},
         "joint_steps": state.joint.steps,
+        "logit_steps": state.logits.steps,
         "memory": memory,
         "config": asdict(config),
     }
@@ -156,16 +163,16 @@ def _map_unreached(
 class _Batches:
     """The images as the networks take them."""
 
-    def __init__(self, program: Program, images: Images, how: JointFit, generator: torch.Generator) -> None:
-        self.program, self.images, self.how, self.generator = program, images, how, generator
+    def __init__(self, program: Program, images: Images, generator: torch.Generator) -> None:
+        self.program, self.images, self.generator = program, images, generator
 
     def plain(self, indices: Tensor) -> Tensor:
         """Those at ``indices``."""
         return self._prepared(self.images.pixels[indices])
 
-    def next(self, augmented: bool) -> Tensor:
-        """``batch_size`` images at random: what comes next depends on the generator alone."""
-        chosen = torch.randperm(len(self.images), generator=self.generator)[: self.how.batch_size]
+    def next(self, count: int, augmented: bool) -> Tensor:
+        """``count`` images at random: what comes next depends on the generator alone."""
+        chosen = torch.randperm(len(self.images), generator=self.generator)[:count]
         pixels = self.images.pixels[chosen]
         if augmented:
             pad = max(1, pixels.shape[-1] // 8)

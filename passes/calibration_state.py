@@ -12,7 +12,7 @@ from torch import nn
 
 from anncvt.errors import AnncvtError
 from anncvt.files import write_state
-from anncvt.passes.fit_jointly import JointState
+from anncvt.passes.stages import StageState
 
 CHECKPOINT = "train/calibration.pt"
 #: Seconds between two checkpoints: what an interruption may cost, besides the layer that is being fitted.
@@ -36,7 +36,7 @@ class CalibrationState:
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self.layers: dict[str, dict[str, Any]] = {}
         self.blocks: list[dict[str, Any]] = []
-        self.joint = JointState()
+        self.joint, self.logits = StageState(), StageState()
         self.seconds = 0.0  # spent before this run
         self.begin = self._kept = time.monotonic()
 
@@ -52,6 +52,7 @@ class CalibrationState:
             "layers": self.layers,
             "blocks": self.blocks,
             "joint": vars(self.joint),
+            "logits": vars(self.logits),
         }
         write_state(self.folder / CHECKPOINT, state)
         self._kept = time.monotonic()
@@ -74,7 +75,8 @@ class CalibrationState:
                 self.student.load_state_dict(state["student"])
                 self.generator.set_state(state["generator"])
                 self.layers, self.blocks = state["layers"], state["blocks"]
-                self.joint, self.seconds = JointState(**state["joint"]), state["seconds"]
+                self.joint, self.logits = StageState(**state["joint"]), StageState(**state["logits"])
+                self.seconds = state["seconds"]
         except Exception as error:  # a file that is no checkpoint fails in as many ways as there are formats
             raise AnncvtError(f"not a usable checkpoint: {error}", where=str(path), fix=fix) from error
         if changed:
@@ -87,8 +89,9 @@ class CalibrationState:
     def summary(self, layers: int) -> str:
         """One line for the user of an interrupted run."""
         done = f"{len(self.layers)} of {layers} layers and {len(self.blocks)} blocks are fitted"
-        if self.joint.step:
-            done += f", {self.joint.step} of {self.joint.steps} joint steps are done"
+        for name, stage in (("joint", self.joint), ("logit", self.logits)):
+            if stage.step:
+                done += f", {stage.step} of {stage.steps} {name} steps are done"
         kept = self.folder is not None and (self.folder / CHECKPOINT).exists()
         return f"interrupted: {done}" + ("; all but the last seconds is kept" if kept else "")
 

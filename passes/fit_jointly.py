@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from anncvt.errors import AnncvtError
 from anncvt.passes.fit_blocks import input_spread
 from anncvt.passes.objectives import divergence, unexplained
 from anncvt.passes.pairing import Pair, outputs_of
-from anncvt.passes.schedule import cosine, set_rates, steps_within
+from anncvt.passes.stages import StageState, steps_until, train
 from anncvt.progress import SILENT, Progress
+
+#: More time than this many times the configured steps take is left to what comes after.
+ROOM = 3
 
 
 @dataclass(frozen=True)
@@ -33,23 +32,13 @@ class JointFit:
     augment: bool = True
 
 
-@dataclass
-class JointState:
-    """Where an interrupted run stands, for the next one to go on from."""
-
-    step: int = 0
-    steps: int | None = None  # in all, once that is decided
-    spread: dict[str, float] | None = None  # of each layer's input at the start
-    optimizer: dict[str, Any] | None = None
-
-
 def fit_jointly(
     teacher: nn.Module,
     student: nn.Module,
     paired: list[Pair],
-    batch: Callable[[bool], Tensor],
+    batch: Callable[[int, bool], Tensor],
     how: JointFit,
-    state: JointState,
+    state: StageState,
     deadline: float | None = None,
     on_step: Callable[[], None] = lambda: None,
     progress: Progress = SILENT,
@@ -57,8 +46,9 @@ def fit_jointly(
     """Train ``student`` from ``state`` to the end; ``state`` follows.
 
     Args:
-        batch: the next images, augmented or not.
-        deadline: on the monotonic clock; the number of steps follows from it. ``None``: ``how.steps``.
+        batch: the next images, so many, augmented or not.
+        deadline: on the monotonic clock; the number of steps follows from it, but where there is time for
+            :data:`ROOM` times ``how.steps``, only those are taken. ``None``: ``how.steps``.
         on_step: called after every step.
 
     Returns:
@@ -69,42 +59,28 @@ def fit_jointly(
     """
     student.eval()
     if state.spread is None:
-        state.spread = input_spread(paired, lambda: student(batch(False)))
+        state.spread = input_spread(paired, lambda: student(batch(how.batch_size, False)))
     groups = [{"params": [p.adder.weight], "lr": how.weight_lr * state.spread[p.name]} for p in paired]
-    weights = {pair.adder.weight for pair in paired}
-    others = [parameter for parameter in student.parameters() if parameter not in weights]
-    optimizer = torch.optim.Adam([*groups, {"params": others, "lr": how.lr}])
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    if state.optimizer is not None:
-        optimizer.load_state_dict(state.optimizer)
+    optimizer = torch.optim.Adam([*groups, {"params": others(student, paired), "lr": how.lr}])
     train_mode(student, paired)
     r2: dict[str, float] = {}
 
-    def step(factor: float) -> float:
-        set_rates(optimizer, peaks, factor)
-        loss = _loss(teacher, student, paired, batch(how.augment), how, r2)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return float(loss.detach())
+    def steps(step: Callable[[], float]) -> int:
+        if deadline is None:
+            return how.steps
+        fit = steps_until(deadline, step)
+        return how.steps if fit >= ROOM * how.steps else fit
 
-    if state.steps is None:
-        state.steps = how.steps
-        if deadline is not None:
-            state.steps = steps_within(deadline - time.monotonic(), lambda: step(0.0))
-    with progress.task("fit jointly", state.steps) as task:
-        task.advance(state.step)
-        while state.step < state.steps:
-            loss = step(cosine(state.step, state.steps))
-            if not math.isfinite(loss):
-                raise AnncvtError(
-                    f"calibration diverged: the loss is {loss} at step {state.step + 1} of {state.steps}",
-                    fix="use images like those the network was trained on, and check --mean and --std",
-                )
-            state.step += 1
-            state.optimizer = optimizer.state_dict()
-            task.advance(1, loss=loss, r2=sum(r2.values()) / len(r2))
-            on_step()
+    train(
+        "fit jointly",
+        optimizer,
+        lambda: _loss(teacher, student, paired, batch(how.batch_size, how.augment), how, r2),
+        state,
+        steps,
+        on_step=on_step,
+        shown=lambda: {"r2": sum(r2.values()) / len(r2)},
+        progress=progress,
+    )
     return r2
 
 
@@ -142,3 +118,9 @@ def train_mode(student: nn.Module, paired: list[Pair]) -> None:
     student.eval()
     for pair in paired:
         pair.norm.train()
+
+
+def others(student: nn.Module, paired: list[Pair]) -> list[nn.Parameter]:
+    """Every parameter that is not an adder's weight."""
+    weights = {pair.adder.weight for pair in paired}
+    return [parameter for parameter in student.parameters() if parameter not in weights]

@@ -106,13 +106,14 @@ def layer_costs(program: Program, network: str, bits: int, accumulators: Mapping
 
 
 def _layer(layer: LayerPlan, adder: bool, floating: bool, bits: int, accumulator: int | None) -> LayerCost:
-    taps = layer.in_shape[1] // layer.groups * math.prod(layer.kernel)
+    copies = 2 if adder and layer.doubled else 1
+    taps = copies * layer.in_shape[1] // layer.groups * math.prod(layer.kernel)
     outputs = math.prod(layer.out_shape[1:])
     accumulator = accumulator or (32 if floating else (bits + 1 if adder else 2 * bits) + _log2(taps))
     inner = "add" if adder else "multiply"
     operations = [
-        Operations(inner, bits, layer.macs, floating),
-        Operations("add", accumulator, layer.macs, floating),
+        Operations(inner, bits, copies * layer.macs, floating),
+        Operations("add", accumulator, copies * layer.macs, floating),
         *_epilogue(outputs, adder and (layer.bn is not None or layer.insert_bn), floating),
     ]
     weights = layer.out_shape[1] * taps * bits / 8

@@ -35,7 +35,11 @@ def op_padding(sides: tuple[tuple[int, int], ...]) -> list[int]:
 
 
 class _AdderNd(nn.Module):
-    """Shared by all: parameters, padding, bias, optional norm. ``weight`` is ``[O, C/groups, *kernel_size]``."""
+    """Shared by all: parameters, padding, bias, optional norm.
+
+    ``weight`` is ``[O, C/groups, *kernel_size]``. A ``doubled`` layer compares every input with two weights,
+    ``y = -sum |x - w1| - sum |x - w2|``: ``[O, 2C, *kernel_size]``, first all ``w1``, then all ``w2``.
+    """
 
     ndim: int
     norm: nn.Module | None
@@ -59,15 +63,20 @@ class _AdderNd(nn.Module):
         *,
         norm: bool = False,
         gradient: str = "full",
+        doubled: bool = False,
     ) -> None:
         super().__init__()
+        if doubled and groups > 1:
+            raise ValueError(f"a doubled layer has one group, not {groups}")
         if in_channels % groups or out_channels % groups:
             raise ValueError(f"groups={groups} divides neither or not both of {in_channels} and {out_channels}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride = self._tuple(kernel_size), self._tuple(stride)
         self.dilation, self.padding_mode, self.gradient = self._tuple(dilation), padding_mode, gradient
+        self.doubled = doubled
         self.padding = self._sides(padding)
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
+        inputs = in_channels // groups * (2 if doubled else 1)
+        self.weight = nn.Parameter(torch.empty(out_channels, inputs, *self.kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.norm = _NORMS[self.ndim](out_channels) if norm else None
         self.reset_parameters()
@@ -94,9 +103,15 @@ class _AdderNd(nn.Module):
 
     @classmethod
     def from_conv(
-        cls, conv: _ConvNd, *, weight: nn.Parameter | None = None, norm: bool = False, gradient: str = "full"
+        cls,
+        conv: _ConvNd,
+        *,
+        weight: nn.Parameter | None = None,
+        norm: bool = False,
+        gradient: str = "full",
+        doubled: bool = False,
     ) -> _AdderNd:
-        """An adder of the same geometry on the convolution's own Parameter objects (nothing is copied).
+        """An adder of the same geometry on the convolution's own Parameter objects (a doubled one's weight is new).
 
         Args:
             weight: takes the place of the convolution's, where that is computed from others.
@@ -113,17 +128,20 @@ class _AdderNd(nn.Module):
             conv.padding_mode,
             norm=norm,
             gradient=gradient,
+            doubled=doubled,
         )
         return adder._adopt(conv, cast(nn.Parameter, conv.weight) if weight is None else weight)
 
     def _adopt(self, layer: _ConvNd | nn.Linear, weight: nn.Parameter) -> Any:
-        self.weight, self.bias = weight, cast("nn.Parameter | None", layer.bias)
+        self.weight = nn.Parameter(torch.cat([weight.detach()] * 2, 1)) if self.doubled else weight
+        self.bias = cast("nn.Parameter | None", layer.bias)
         return self.train(layer.training).to(weight.device)
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, gradient={self.gradient!r}"
+            + (", doubled=True" if self.doubled else "")
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,6 +193,8 @@ class _AdderNd(nn.Module):
         padding: tuple[tuple[int, int], ...],
         dilation: tuple[int, ...],
     ) -> Tensor:
+        if self.doubled:
+            x = torch.cat([x, x], 1)
         geometry = (list(stride), op_padding(padding), list(dilation), self.groups)
         return torch.ops.anncvt.adder2d(x, weight, *geometry, self.gradient)
 
@@ -231,18 +251,31 @@ class AdderLinear(_AdderNd):
     ndim = 0
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, *, norm: bool = False, gradient: str = "full"
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        norm: bool = False,
+        gradient: str = "full",
+        doubled: bool = False,
     ) -> None:
-        super().__init__(in_features, out_features, (), (), (), (), 1, bias, norm=norm, gradient=gradient)
+        super().__init__(
+            in_features, out_features, (), (), (), (), 1, bias, norm=norm, gradient=gradient, doubled=doubled
+        )
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, norm: bool = False, gradient: str = "full") -> AdderLinear:
-        """An adder on the Linear layer's own Parameter objects."""
-        adder = cls(linear.in_features, linear.out_features, norm=norm, gradient=gradient)
+    def from_linear(
+        cls, linear: nn.Linear, *, norm: bool = False, gradient: str = "full", doubled: bool = False
+    ) -> AdderLinear:
+        """An adder on the Linear layer's own Parameter objects (a doubled one's weight is new)."""
+        adder = cls(linear.in_features, linear.out_features, norm=norm, gradient=gradient, doubled=doubled)
         return adder._adopt(linear, cast(nn.Parameter, linear.weight))
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, gradient={self.gradient!r}"
+        return f"{self.in_channels}, {self.out_channels}, gradient={self.gradient!r}" + (
+            ", doubled=True" if self.doubled else ""
+        )
 
     def _adder(self, x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
         first = x.movedim(-1, 1)

@@ -165,6 +165,12 @@ def layers(command: Command) -> Command:
         click.option("--keep", multiple=True, metavar="GLOB", help="Layers that stay as they are (repeatable)."),
         click.option("--swap", multiple=True, metavar="GLOB", help="Layers that become adders (repeatable)."),
         click.option(
+            "--double",
+            multiple=True,
+            metavar="GLOB",
+            help="Adders with two weights per input (repeatable): twice the additions, more exact in narrow layers.",
+        ),
+        click.option(
             "--policy",
             type=click.Choice(list(POLICIES)),
             help="What stays by default. no-depthwise: stem, classifier, gates and depthwise convolutions; paper: stem "

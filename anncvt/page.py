@@ -215,7 +215,7 @@ def _plan(facts: dict[str, Any]) -> str:
             layer["name"],
             f"{layer['kind']} {'×'.join(map(str, layer['kernel']))}",
             "×".join(map(str, layer["out_shape"][1:])),
-            "adder" if layer["action"] == "swap" else "keep",
+            ("adder ×2" if layer.get("doubled") else "adder") if layer["action"] == "swap" else "keep",
             *(count(layer[key]) for key in ("macs", "adds", "muls")),
             layer["reason"],
         ]

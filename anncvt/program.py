@@ -65,6 +65,7 @@ class LayerPlan:
     muls: int
     bn: str | None = None  # qualified name of the BatchNorm that reads it
     insert_bn: bool = False  # no BatchNorm follows: the adder gets one of its own
+    doubled: bool = False  # the adder compares every input with two weights
 
     @property
     def swapped(self) -> bool:

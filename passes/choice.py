@@ -25,10 +25,14 @@ _WRITE_ONE = "write one with `anncvt plan MODEL --json > plan.json`"
 
 @dataclass(frozen=True)
 class Choice:
-    """The user's wishes; ``keep`` wins over ``swap``, both over ``file``, all over ``policy``."""
+    """The user's wishes; ``keep`` wins over ``swap``, both over ``file``, all over ``policy``.
+
+    Of the layers that become adders, those that ``double`` matches (or the file says so of) are doubled.
+    """
 
     keep: tuple[str, ...] = ()
     swap: tuple[str, ...] = ()
+    double: tuple[str, ...] = ()
     policy: str = DEFAULT_POLICY
     linear: bool = False  # Linear layers become adders, too
     file: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> the layer's entry in a plan file
@@ -43,6 +47,7 @@ class Choice:
         *,
         keep: Iterable[str] = (),
         swap: Iterable[str] = (),
+        double: Iterable[str] = (),
         policy: str | None = None,
         linear: bool = False,
         plan_file: str | Path | None = None,
@@ -54,12 +59,13 @@ class Choice:
         """
         file = {} if plan_file is None else read_plan_file(Path(plan_file))
         linear = linear or any(row.get("kind") == "Linear" for row in file.values())
-        return cls(tuple(keep), tuple(swap), policy or DEFAULT_POLICY, linear, file)
+        return cls(tuple(keep), tuple(swap), tuple(double), policy or DEFAULT_POLICY, linear, file)
 
     def to_json(self) -> dict[str, Any]:
         """For the history; only what differs from the default."""
         actions = {name: row["action"] for name, row in self.file.items()}
         found = {"keep": list(self.keep), "swap": list(self.swap), "policy": self.policy}
+        found |= {"double": list(self.double)} if self.double else {}
         return found | ({"linear": True} if self.linear else {}) | ({"file": actions} if actions else {})
 
     def check(self, names: Iterable[str], linears: Iterable[str] = ()) -> None:
@@ -73,7 +79,7 @@ class Choice:
             AnncvtError: so it is; close names are listed.
         """
         known = list(names)
-        for flag, patterns in (("--keep", self.keep), ("--swap", self.swap)):
+        for flag, patterns in (("--keep", self.keep), ("--swap", self.swap), ("--double", self.double)):
             for pattern in patterns:
                 if fnmatch.filter(known, pattern):
                     continue
@@ -86,6 +92,11 @@ class Choice:
         for name in self.file:
             if name not in known:
                 raise AnncvtError(f"the plan file has a layer {name!r}, the network does not", fix=_close(name, known))
+
+    def doubled(self, name: str) -> tuple[bool, bool]:
+        """Whether the layer, should it become an adder, is to be doubled, and whether just this layer is named."""
+        pattern, in_file = _matching(name, self.double), bool(self.file.get(name, {}).get("doubled"))
+        return pattern is not None or in_file, pattern == name or in_file
 
     def overruled(self, name: str) -> tuple[str, str, bool] | None:
         """``(action, reason, whether just this layer is named)``, where the user decides."""

@@ -220,7 +220,7 @@ def _rows(examples: Examples) -> int:
 def _outside(pair: Pair, inputs: Tensor) -> float:
     """Share of the taps whose weight no activation of their channel passes: there the adder is linear."""
     channels = inputs.transpose(0, 1).flatten(1)
-    low, high = channels.amin(1), channels.amax(1)
+    low, high = (bound.repeat(2) if pair.adder.doubled else bound for bound in (channels.amin(1), channels.amax(1)))
     groups, per_group = pair.adder.groups, pair.adder.weight.shape[1]
     weight = pair.adder.weight.detach().reshape(
         groups, pair.adder.out_channels // groups, per_group, -1

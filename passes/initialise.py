@@ -72,7 +72,7 @@ def map_weights(pair: Pair, x: Tensor, generator: torch.Generator) -> None:
     if samples.shape[1] > SAMPLES:
         samples = samples[:, torch.randperm(samples.shape[1], generator=generator)[:SAMPLES]]
     weight = effective_weight(pair.conv)
-    pair.adder.weight.copy_(quantile_map(weight, tent_table(samples), pair.adder.groups))
+    pair.adder.weight.copy_(quantile_map(weight, tent_table(samples), pair.adder.groups, doubled=pair.adder.doubled))
     if pair.adder.bias is not None:
         pair.adder.bias.zero_()
 

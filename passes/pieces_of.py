@@ -102,6 +102,8 @@ def _window(module: Any, padding: tuple[int, int, int, int]) -> Window:
 
 
 def _adder(fuser: Fuser, node: fx.Node, source: fx.Node, module: _AdderNd) -> None:
+    if module.doubled:
+        raise refused(node, "is a doubled adder (two weights per input), which integer networks do not have")
     if isinstance(module, AdderLinear):
         _row(fuser, node, source)
         window = Window()

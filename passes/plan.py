@@ -104,7 +104,8 @@ def decide(network: nn.Module, observation: Observation, traced: Trace, training
     for call in calls.values():
         _check_geometry(call, choice.file.get(call.name, {}))
         partner = _partner(call, traced, training, modules)
-        layers.append(_layer(call, *_settled(call.name, policy.judge(call, partner), choice), partner))
+        settled = _settled(call.name, policy.judge(call, partner), choice)
+        layers.append(_layer(call, *settled, partner, choice.doubled(call.name)))
     for name, conv in idle.items():
         reason = "runs in training only" if name in training.readers else "does not run at inference"
         layers.append(_unused(name, conv, *_settled(name, Verdict(False, reason, fixed=True), choice)))
@@ -163,8 +164,14 @@ def _partner(call: Call, traced: Trace, training: Trace, modules: Mapping[str, n
     return name if norm.num_features == call.out_shape[1] else None
 
 
-def _layer(call: Call, action: str, reason: str, partner: str | None) -> LayerPlan:
+def _layer(call: Call, action: str, reason: str, partner: str | None, double: tuple[bool, bool]) -> LayerPlan:
     swapped = action == "swap"
+    doubled = swapped and double[0] and call.groups == 1
+    if swapped and call.groups > 1 and double[1]:
+        raise AnncvtError(
+            f"{call.name} cannot be doubled: it has {call.groups} groups",
+            fix='leave out --double for it, or write "doubled": false in the plan file',
+        )
     return LayerPlan(
         name=call.name,
         kind=call.kind,
@@ -176,10 +183,11 @@ def _layer(call: Call, action: str, reason: str, partner: str | None) -> LayerPl
         stride=call.stride,
         groups=call.groups,
         macs=call.macs,
-        adds=2 * call.macs if swapped else call.macs,
+        adds=(4 if doubled else 2 if swapped else 1) * call.macs,
         muls=0 if swapped else call.macs,
         bn=partner,
         insert_bn=swapped and partner is None,
+        doubled=doubled,
     )
 
 

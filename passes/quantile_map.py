@@ -55,35 +55,45 @@ def tent_table(samples: Tensor) -> TentTable:
     return TentTable(w.float(), slope.float(), residual.float(), variance[:, 0].float())
 
 
-def quantile_map(weight: Tensor, table: TentTable, groups: int = 1) -> Tensor:
+def quantile_map(weight: Tensor, table: TentTable, groups: int = 1, *, doubled: bool = False) -> Tensor:
     """Adder weights for the convolution weights ``weight`` ``[O, C/groups, *kernel]``.
+
+    With ``doubled`` there are two for each, ``[O, 2C, *kernel]``: the first beyond all activations, where it is the
+    line of slope +1 or -1, the second the tent with the rest of the slope. Slopes then reach from -2 to 2; -2, 0 and 2
+    are two lines and leave no residual.
 
     Per output channel the scale ``s`` minimises ``sum_i (v_i - s*slope_i)^2 var_i + s^2 * residual_i``: the signal lost
     where ``v_i / s`` saturates, plus the part of the tents that no line explains.
     """
     flat = weight.detach().reshape(*weight.shape[:2], -1)  # [O, C/g, K]
-    per_group = weight.shape[0] // groups
-    result = torch.empty_like(flat)
+    per_group, inputs = weight.shape[0] // groups, flat.shape[1] * (2 if doubled else 1)
+    result = flat.new_empty(flat.shape[0], inputs, flat.shape[2])
     for group in range(groups):
         rows = slice(group * per_group, (group + 1) * per_group)
         channels = slice(group * flat.shape[1], (group + 1) * flat.shape[1])
-        result[rows] = _map_group(flat[rows], table, channels)
-    return result.view_as(weight)
+        result[rows] = _map_group(flat[rows], table, channels, doubled)
+    return result.view(weight.shape[0], inputs, *weight.shape[2:])
 
 
-def _map_group(v: Tensor, table: TentTable, channels: slice) -> Tensor:
+def _map_group(v: Tensor, table: TentTable, channels: slice, doubled: bool) -> Tensor:
     slope, weights = table.slope[channels].contiguous(), table.weights[channels]
     residual, variance = table.residual[channels], table.variance[channels, None, None]
     by_channel = v.transpose(0, 1)  # [C, O, K]
     largest = v.abs().amax((1, 2)).clamp_min(1e-12)
     best_error = torch.full((v.shape[0],), float("inf"), device=v.device)
-    best = torch.zeros_like(v)
+    best = v.new_zeros(v.shape[0], v.shape[1] * (2 if doubled else 1), v.shape[2])
     for share in SCALES:
         scale = (share * largest)[None, :, None]
-        wanted = (by_channel / scale).clamp(-1, 1).flatten(1)
+        wanted = (by_channel / scale).flatten(1)
+        line = torch.where(wanted > 0, 1.0, -1.0) if doubled else torch.zeros_like(wanted)
+        wanted = (wanted - line).clamp(-1, 1)
         at = torch.searchsorted(slope, wanted.contiguous()).clamp_max(slope.shape[1] - 1)
         got, noise, mapped = (t.gather(1, at).view_as(by_channel) for t in (slope, residual, weights))
-        error = ((by_channel - scale * got).square() * variance + scale.square() * noise).sum((0, 2))
+        line = line.view_as(by_channel)
+        if doubled:
+            beyond = torch.where(line > 0, weights[:, -1:, None], weights[:, :1, None])
+            mapped = torch.cat([beyond, mapped])
+        error = ((by_channel - scale * (got + line)).square() * variance + scale.square() * noise).sum((0, 2))
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best = torch.where(better[:, None, None], mapped.transpose(0, 1), best)

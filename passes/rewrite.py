@@ -44,4 +44,5 @@ def rewrite(program: Program) -> Program:
 
 def _is_done(student: nn.Module, plan: Plan) -> bool:
     named = dict(student.named_modules(remove_duplicate=False))
-    return all(isinstance(named.get(layer.name), _AdderNd) for layer in plan.swapped)
+    adders = [(layer, named.get(layer.name)) for layer in plan.swapped]
+    return all(isinstance(adder, _AdderNd) and adder.doubled == layer.doubled for layer, adder in adders)

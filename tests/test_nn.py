@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from anncvt.nn import AdderConv1d, AdderConv2d, AdderConv3d, adder_class
+from anncvt.nn import AdderConv1d, AdderConv2d, AdderConv3d, AdderLinear, adder_class
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 SIZES = {1: (9,), 2: (8, 7), 3: (5, 6, 7)}
@@ -104,3 +104,33 @@ def test_bad_configurations():
         AdderConv2d(4, 6, 3, groups=3)
     with pytest.raises(ValueError, match="needs stride 1"):
         AdderConv2d(4, 6, 3, padding="same", stride=2)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_doubled_layer_is_two_layers_added_up(dims):
+    torch.manual_seed(0)
+    module = adder_class(dims)(4, 6, 3, padding=1, doubled=True)
+    x = torch.randn(2, 4, *SIZES[dims])
+    expected = torch.zeros(2, 6, *SIZES[dims], dtype=torch.float64)
+    for weight in module.weight.detach().chunk(2, 1):
+        half = adder_class(dims)(4, 6, 3, padding=1)
+        half.weight.data.copy_(weight)
+        expected += by_taps(half, x)
+    torch.testing.assert_close(module(x).double(), expected, rtol=0, atol=2e-6 * expected.abs().max().item())
+
+
+def test_a_doubled_linear_layer():
+    torch.manual_seed(0)
+    module, x = AdderLinear(5, 3, doubled=True), torch.randn(2, 7, 5)
+    first, second = module.weight.detach().chunk(2, 1)
+    expected = -((x[..., None, :] - first).abs() + (x[..., None, :] - second).abs()).sum(-1)
+    torch.testing.assert_close(module(x).detach(), expected)
+
+
+def test_a_doubled_layer_has_the_convolutions_weight_twice_and_one_group():
+    conv = nn.Conv2d(4, 8, 3)
+    adder = AdderConv2d.from_conv(conv, doubled=True)
+    assert torch.equal(adder.weight, torch.cat([conv.weight, conv.weight], 1))
+    assert adder.bias is conv.bias and "doubled" in repr(adder)
+    with pytest.raises(ValueError, match="one group, not 2"):
+        AdderConv2d(4, 6, 3, groups=2, doubled=True)

@@ -103,3 +103,25 @@ def test_the_history_says_what_was_chosen(tmp_path):
     program = plan(load(Mobile(), input_size=16), Choice.of(plan_file=file, keep=["stem"], policy="paper"))
     metrics = program.history[-1].metrics
     assert metrics["keep"] == ["stem"] and metrics["policy"] == "paper" and metrics["file"]["depthwise"] == "swap"
+
+
+def test_layers_are_doubled_by_glob_or_file_where_they_become_adders(tmp_path):
+    def doubled(**options):
+        return {name for name, layer in layers(Mobile(), 16, **options).items() if layer.doubled}
+
+    assert doubled() == set()
+    assert doubled(double=["*"]) == {"expand"}  # not what is kept, nor what has groups
+    assert layers(Mobile(), 16, double=["*"])["expand"].adds == 2 * layers(Mobile(), 16)["expand"].adds
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({"layers": [{"name": "expand", "action": "swap", "doubled": True}]}))
+    assert doubled(plan_file=file) == {"expand"}
+    program = plan(load(Mobile(), input_size=16), Choice.of(double=["exp*"]))
+    assert program.history[-1].metrics["double"] == ["exp*"]
+
+
+def test_doubling_what_cannot_be_doubled_is_refused():
+    with pytest.raises(AnncvtError, match="grouped cannot be doubled: it has") as error:
+        layers(Mobile(), 16, double=["grouped"])
+    assert "--double" in error.value.fix
+    with pytest.raises(AnncvtError, match="--double 'nothing' matches no layer"):
+        layers(Mobile(), 16, double=["nothing"])

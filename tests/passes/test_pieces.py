@@ -6,7 +6,11 @@ from quantized import adder_program, noise
 from torch import nn
 
 from anncvt.errors import AnncvtError
+from anncvt.loading import load
+from anncvt.passes.choice import Choice
 from anncvt.passes.pieces_of import pieces_of
+from anncvt.passes.plan import plan
+from anncvt.passes.rewrite import rewrite
 from anncvt.runtime import fallback
 from anncvt.runtime.integer_network import INPUT
 
@@ -132,3 +136,9 @@ def test_what_integers_do_not_have_is_refused_by_name(body, named):
 def test_gates_and_control_flow_are_refused(cnn, size):
     with pytest.raises(AnncvtError, match=r"integer networks|traced"):
         pieces_of(adder_program(cnn(), size))
+
+
+def test_doubled_adders_are_refused():
+    program = rewrite(plan(load(Residual(), input_size=8), Choice.of(double=["conv1"])))
+    with pytest.raises(AnncvtError, match="conv1: is a doubled adder"):
+        pieces_of(program)

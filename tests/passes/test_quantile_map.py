@@ -70,3 +70,25 @@ def test_groups_use_their_own_channels(samples):
     mapped = quantile_map(weight, table, groups=2)
     alone = quantile_map(weight[2:], tent_table(samples[1:2]))
     torch.testing.assert_close(mapped[2:], alone)
+
+
+def test_two_weights_an_input_follow_the_convolution_more_closely():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4000, 16, generator=generator).clamp_min(-0.5)
+    weight = torch.randn(8, 16, 1, 1, generator=generator)
+    wanted, table = x @ weight.flatten(1).T, tent_table(x.T.contiguous())
+    closeness = []
+    for doubled in (False, True):
+        mapped = quantile_map(weight, table, doubled=doubled)
+        assert mapped.shape == (8, 32 if doubled else 16, 1, 1)
+        inputs = torch.cat([x, x], 1) if doubled else x
+        got = -(inputs[:, None] - mapped.flatten(1)).abs().sum(2)
+        closeness.append(np.array([np.corrcoef(wanted[:, o], got[:, o])[0, 1] for o in range(8)]))
+    assert (closeness[1] > closeness[0]).all()
+    assert (1 - closeness[1] ** 2).mean() < 0.7 * (1 - closeness[0] ** 2).mean()
+
+
+def test_the_first_of_two_weights_lies_beyond_all_activations(samples):
+    table = tent_table(samples)
+    mapped = quantile_map(torch.tensor([[0.5, -0.5, 0.1]])[..., None, None], table, doubled=True).flatten()
+    assert mapped[0] >= samples[0].max() and mapped[1] <= samples[1].min() and mapped[2] >= samples[2].max()

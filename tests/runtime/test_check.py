@@ -47,6 +47,16 @@ def test_both_backends(folder, tmp_path):
     assert result["backends"]["tvm"]["max_rel"] < 1e-4
 
 
+@needs_tvm
+def test_doubled_adders_in_both_backends(tmp_path):
+    from anncvt.runtime import tvm
+
+    program = tiny_program(tmp_path, doubled=True)
+    onnx.export(program, tmp_path / "model.onnx")
+    result = check(program, tiny_images(), so_path=tvm.compile(program, tmp_path / "model.so"))
+    assert result["ok"] and set(result["backends"]) == {"onnxruntime", "tvm"}
+
+
 def test_one_image(folder):
     result = check(tiny_program(folder), tiny_images(1))
     assert result["ok"] and result["backends"]["onnxruntime"]["top1_agreement"] == 100

@@ -43,7 +43,7 @@ def main() -> None:
         options.model, loading = EXAMPLES / "digits_net.safetensors", {"arch": "digits_net:DigitsNet", **DIGITS}
     else:
         loading |= {name: getattr(options, name) for name in ("input_size", "mean", "std")}
-    start = rewrite(anncvt.plan(anncvt.load(options.model, **loading)))
+    start = rewrite(anncvt.plan(anncvt.load(options.model, **loading), double=options.double))
     read = {"data_dir": options.data_dir, "seed": options.seed}
     if options.held_back:
         train, test = _split(options, start.preprocess)
@@ -138,6 +138,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", type=Path, help="a checkpoint; default: the bundled digits network")
     parser.add_argument("--arch")
     parser.add_argument("--arch-args", action="append", default=[])
+    parser.add_argument("--double", action="append", default=[], metavar="GLOB", help="as for anncvt convert")
     parser.add_argument("--input-size", type=int)
     parser.add_argument("--mean", type=_numbers)
     parser.add_argument("--std", type=_numbers)

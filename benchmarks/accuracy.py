@@ -80,6 +80,14 @@ def _conversions(options: argparse.Namespace, train: Images, progress: Progress)
         return lambda program: calibrate(program, train, seed=options.seed, budget=seconds, progress=progress)
 
     rows = [(f"calibrated, budget {seconds:g} s", within(seconds)) for seconds in options.budgets]
+    if options.steps:
+        layer, block, joint = (int(steps) for steps in options.steps)
+        stages = {
+            "layer": replace(base.layer, steps=layer),
+            "block": replace(base.block, steps=block),
+            "joint": replace(base.joint, steps=joint),
+        }
+        rows.append((f"{layer} steps a layer, {block} a block, {joint} jointly", with_config(replace(base, **stages))))
     if options.ablations:
         none = replace(base, layer=replace(base.layer, steps=0), block=_off(base.block), joint=_off(base.joint))
         local = replace(base, joint=_off(base.joint))
@@ -149,6 +157,7 @@ def _options() -> argparse.Namespace:
         "--held-back", type=int, default=0, help="measure on so many training images that calibration does not see"
     )
     parser.add_argument("--budgets", type=_numbers, default=(20.0,), help="seconds")
+    parser.add_argument("--steps", type=_numbers, metavar="N,N,N", help="a row with so many a layer, a block, jointly")
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the rows here")

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from anncvt.passes.adaptive_step import adaptive_adder_step
-from anncvt.passes.fit_blocks import input_spread
 from anncvt.passes.fit_jointly import others, train_mode
 from anncvt.passes.objectives import divergence
 from anncvt.passes.pairing import Pair
@@ -28,8 +27,8 @@ class LogitFit:
     steps: int = 0  # without a budget
     least_steps: int = 200  # with less time, the stage is left out
     batch_size: int = 128
-    lr: float = 0.006  # SGD with Nesterov-free momentum
-    eta: float = 0.1  # adaptive step of the adder weights, relative to the standard deviation of each layer's input
+    lr: float = 0.006  # SGD
+    eta: float = 0.1  # adaptive step of the adder weights
     momentum: float = 0.9
     weight_decay: float = 5e-4  # of the weights of kept layers
     temperature: float = 4.0
@@ -48,16 +47,13 @@ def fit_logits(
     progress: Progress = SILENT,
 ) -> None:
     """Train ``student`` from ``state`` to the end; arguments as for :func:`~anncvt.passes.fit_jointly.fit_jointly`."""
-    student.eval()
-    if state.spread is None:
-        state.spread = input_spread(paired, lambda: student(batch(how.batch_size, False)))
-    rest = others(student, paired)
+    weights, rest = [pair.adder.weight for pair in paired], others(student, paired)
     groups: list[dict[str, object]] = [
-        *({"params": [pair.adder.weight], "lr": how.lr * state.spread[pair.name]} for pair in paired),
-        {"params": [p for p in rest if p.dim() > 1], "lr": how.lr, "weight_decay": how.weight_decay},
-        {"params": [p for p in rest if p.dim() <= 1], "lr": how.lr},
+        {"params": [*weights, *(p for p in rest if p.dim() <= 1)]},
+        {"params": [p for p in rest if p.dim() > 1], "weight_decay": how.weight_decay},
     ]
-    optimizer = torch.optim.SGD([group for group in groups if group["params"]], momentum=how.momentum)
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.SGD(groups, lr=how.lr, momentum=how.momentum)
     train_mode(student, paired)
 
     def loss() -> Tensor:
@@ -78,7 +74,7 @@ def fit_logits(
         loss,
         state,
         steps,
-        prepare=lambda: adaptive_adder_step([pair.adder.weight for pair in paired], how.eta),
+        prepare=lambda: adaptive_adder_step(weights, how.eta),
         on_step=on_step,
         progress=progress,
     )

@@ -151,7 +151,8 @@ def _from_name(model: str, arguments: dict[str, Any], progress: Progress) -> _Lo
         return _Loaded(network, Source(model, model, arguments, folder), {"weights": "factory"})
     source = Source(model, model, arguments)
     if prefix == "hf-hub":
-        known = zoo.hub_architecture(model)
+        with progress.task(f"ask the hub for {model}", None):  # without network, its client tries for 23 seconds
+            known = zoo.hub_architecture(model)
         source = Source(model, known.arch, {**known.arguments, **arguments})
     try:
         with progress.task(f"fetch {model}", None):
@@ -203,7 +204,7 @@ def _from_file(
         table, mismatch = fit(content.tensors, network)
         if mismatch:
             raise _wrong_architecture(path, arch, mismatch, content)
-    prefix = next(iter(content.tensors)).removesuffix(next(iter(table)))
+    prefix = next(iter(content.tensors), "").removesuffix(next(iter(table), ""))
     if prefix:
         progress.note(f"{path.name}: {prefix!r} taken off the names")
     _strict(network, table, path)

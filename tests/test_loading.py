@@ -369,6 +369,7 @@ def test_a_hub_that_does_not_answer_is_an_error_with_a_way_out(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(_hub, "hf_hub_download", offline)
+    recorder = Recorder()
     with pytest.raises(AnncvtError, match="no route to host") as error:
-        load("hf-hub:someone/net")
-    assert "config.json" in error.value.fix
+        load("hf-hub:someone/net", progress=recorder)
+    assert "config.json" in error.value.fix and len(recorder.totals) == 1  # told what takes so long

@@ -184,6 +184,12 @@ def _from_file(
         digest = sha256(path)
         content = weights(checkpoint, str(path))
         if content.module is not None and arch is None and checkpoint.kind in ("state_dict", "legacy"):
+            if arguments:
+                raise AnncvtError(
+                    "--arch-args, but the checkpoint is a whole network, which is built already",
+                    where=str(path),
+                    fix="leave them out, or pass --arch, too, to take its weights alone",
+                )
             network = _pickled_module(path, checkpoint)
             progress.note(f"{path.name}: a whole pickled {type(network).__name__}, of known classes only")
             source = Source(str(path.resolve()), PICKLED, {}, None, digest)

@@ -195,6 +195,12 @@ def test_a_pickled_module_of_torch_classes_brings_its_architecture(tmp_path):
     assert torch.equal(build(program.source)(x), network(x))
 
 
+def test_arguments_that_nothing_takes_are_refused(tmp_path):
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), tmp_path / "net.pt")
+    with pytest.raises(AnncvtError, match="built already"):
+        load(tmp_path / "net.pt", arch_args={"n": 3}, input_size=8)
+
+
 def test_a_pickled_module_of_other_classes_needs_its_architecture(tmp_path, saved):
     network = saved[1]
     torch.save(network, tmp_path / "whole.pt")

@@ -69,6 +69,10 @@ def load(
     begin = time.monotonic()
     arguments = dict(arch_args or {})
     if isinstance(model, nn.Module):
+        if arch is not None or arguments:
+            raise AnncvtError(
+                "the network is given, --arch is for checkpoint files", fix="leave out arch and arch_args"
+            )
         loaded = _given(model)
     elif not isinstance(model, str | Path):
         raise AnncvtError(
@@ -79,6 +83,10 @@ def load(
         path = Path(model).expanduser()
         if path.exists() or not _NAMED.fullmatch(str(model)):
             loaded = _from_file(path, arch, arguments, trust_pickle, progress)
+        elif arch is not None:
+            raise AnncvtError(
+                f"{model} names a network, --arch is for checkpoint files", fix="leave out one of the two"
+            )
         else:
             loaded = _from_name(str(model), arguments, progress)
     network = loaded.network.eval()
@@ -135,6 +143,8 @@ def _given(model: nn.Module) -> _Loaded:
         raise AnncvtError("a TorchScript module cannot be rewritten", fix="pass the Python module it was made from")
     model = unwrapped(model)
     refuse_lazy(model, type(model).__name__)
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise AnncvtError("the network is on the meta device, without values", fix="load its weights first")
     try:
         return _Loaded(copied(model), Source(type(model).__name__), {"weights": "given"})
     except Exception as error:

@@ -201,6 +201,20 @@ def test_arguments_that_nothing_takes_are_refused(tmp_path):
         load(tmp_path / "net.pt", arch_args={"n": 3}, input_size=8)
 
 
+@pytest.mark.parametrize(
+    ("model", "arch", "message"),
+    [
+        (Residual(), {"arch": "anncvt_arch:Residual"}, "is given"),
+        (Residual(), {"arch_args": {"width": 8}}, "is given"),
+        ("anncvt_arch:Residual", {"arch": "anncvt_arch:Residual"}, "names a network"),
+        (Residual().to("meta"), {}, "without values"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(model, arch, message):
+    with pytest.raises(AnncvtError, match=message):
+        load(model, input_size=8, **arch)
+
+
 def test_a_pickled_module_of_other_classes_needs_its_architecture(tmp_path, saved):
     network = saved[1]
     torch.save(network, tmp_path / "whole.pt")

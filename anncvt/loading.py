@@ -69,6 +69,10 @@ def load(
     begin = time.monotonic()
     arguments = dict(arch_args or {})
     if isinstance(model, nn.Module):
+        if arch is not None or arguments:
+            raise AnncvtError(
+                "the network is given, --arch is for checkpoint files", fix="leave out arch and arch_args"
+            )
         loaded = _given(model)
     elif not isinstance(model, str | Path):
         raise AnncvtError(
@@ -79,6 +83,10 @@ def load(
         path = Path(model).expanduser()
         if path.exists() or not _NAMED.fullmatch(str(model)):
             loaded = _from_file(path, arch, arguments, trust_pickle, progress)
+        elif arch is not None:
+            raise AnncvtError(
+                f"{model} names a network, --arch is for checkpoint files", fix="leave out one of the two"
+            )
         else:
             loaded = _from_name(str(model), arguments, progress)
     network = loaded.network.eval()
@@ -135,6 +143,8 @@ def _given(model: nn.Module) -> _Loaded:
         raise AnncvtError("a TorchScript module cannot be rewritten", fix="pass the Python module it was made from")
     model = unwrapped(model)
     refuse_lazy(model, type(model).__name__)
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise AnncvtError("the network is on the meta device, without values", fix="load its weights first")
     try:
         return _Loaded(copied(model), Source(type(model).__name__), {"weights": "given"})
     except Exception as error:
@@ -151,7 +161,8 @@ def _from_name(model: str, arguments: dict[str, Any], progress: Progress) -> _Lo
         return _Loaded(network, Source(model, model, arguments, folder), {"weights": "factory"})
     source = Source(model, model, arguments)
     if prefix == "hf-hub":
-        known = zoo.hub_architecture(model)
+        with progress.task(f"ask the hub for {model}", None):  # without network, its client tries for 23 seconds
+            known = zoo.hub_architecture(model)
         source = Source(model, known.arch, {**known.arguments, **arguments})
     try:
         with progress.task(f"fetch {model}", None):
@@ -183,6 +194,12 @@ def _from_file(
         digest = sha256(path)
         content = weights(checkpoint, str(path))
         if content.module is not None and arch is None and checkpoint.kind in ("state_dict", "legacy"):
+            if arguments:
+                raise AnncvtError(
+                    "--arch-args, but the checkpoint is a whole network, which is built already",
+                    where=str(path),
+                    fix="leave them out, or pass --arch, too, to take its weights alone",
+                )
             network = _pickled_module(path, checkpoint)
             progress.note(f"{path.name}: a whole pickled {type(network).__name__}, of known classes only")
             source = Source(str(path.resolve()), PICKLED, {}, None, digest)
@@ -203,7 +220,7 @@ def _from_file(
         table, mismatch = fit(content.tensors, network)
         if mismatch:
             raise _wrong_architecture(path, arch, mismatch, content)
-    prefix = next(iter(content.tensors)).removesuffix(next(iter(table)))
+    prefix = next(iter(content.tensors), "").removesuffix(next(iter(table), ""))
     if prefix:
         progress.note(f"{path.name}: {prefix!r} taken off the names")
     _strict(network, table, path)

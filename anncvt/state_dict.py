@@ -31,8 +31,8 @@ WRAPPERS = (
     "ema_state_dict",
     "ema",
 )
-#: Prefixes that wrappers put before every name: DataParallel, torch.compile, Lightning modules and the like.
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "encoder.")
+#: How many wrappers (DataParallel, torch.compile, Lightning modules, ...) may have put a prefix before every name.
+_WRAPPED = 6
 _MAX_TENSORS = 200_000
 
 
@@ -165,12 +165,13 @@ def load_strict(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def _stripped(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     tables = [tensors]
-    while True:
+    while len(tables) <= _WRAPPED:
         current = tables[-1]
-        prefix = next((p for p in PREFIXES if all(name.startswith(p) and name != p for name in current)), None)
-        if prefix is None:
-            return tables
+        prefix = next(iter(current), "").partition(".")[0] + "."
+        if not all(name.startswith(prefix) and name != prefix for name in current):
+            break
         tables.append({name[len(prefix) :]: value for name, value in current.items()})
+    return tables
 
 
 def _unwrap(value: Any, where: str) -> tuple[Any, list[str], str | None]:

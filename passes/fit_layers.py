@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from anncvt.passes.examples import Examples, batches, collect
 from anncvt.passes.initialise import fit_line, map_weights
+from anncvt.passes.norms import normalised
 from anncvt.passes.objectives import unexplained
 from anncvt.passes.pairing import Pair
 from anncvt.passes.schedule import cosine, set_rates, steps_within
@@ -110,7 +111,8 @@ def _fit_at(
         nonlocal follows
         for teacher, student in walk.before(node, count):
             if follows is None:
-                follows = sequel(node, pair.conv_end is not pair.conv, student.__contains__, walk.networks[1])
+                norm = None if pair.conv_end is pair.conv else pair.norm
+                follows = sequel(node, norm, student.__contains__, walk.networks[1])
             yield _example(teacher, student, node, pair, follows)
 
     train, test = collect(pair.adder, examples(), images, walk.memory // 2, generator)
@@ -127,7 +129,7 @@ def _example(
     """Input, target and residual of one chunk."""
     (source,) = node.all_input_nodes
     z = pair.conv(teacher[source])
-    z = z if pair.conv_end is pair.conv else pair.conv_end(z)
+    z = z if pair.conv_end is pair.conv else normalised(pair.conv_end, z)
     residual = None if follows.added is None else student[follows.added]
     if follows.added is not None:
         z = z + (teacher[follows.added] - residual)
@@ -164,7 +166,7 @@ def _fit(
     def step(factor: float) -> None:
         set_rates(optimizer, peaks, factor)
         batch = next(stream)
-        got = norm(pair.adder.response(batch.inputs, is_padded=True))
+        got = normalised(norm, pair.adder.response(batch.inputs, is_padded=True))
         error = loss = unexplained(got, batch.targets)
         if activation is not None:
             wanted = batch.targets
@@ -208,7 +210,7 @@ def _score(pair: Pair, examples: Examples) -> float:
     missed = 0.0
     for part in torch.arange(len(examples)).split(_rows(examples)):
         some = examples.rows(part)
-        got = pair.norm(pair.adder.response(some.inputs, is_padded=True))
+        got = normalised(pair.norm, pair.adder.response(some.inputs, is_padded=True))
         missed += float((got - some.targets).square().sum())
     return 1 - missed / (examples.targets.numel() * max(float(examples.targets.var()), 1e-12))
 

@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from anncvt.convolution import effective_weight
 from anncvt.nn import channels_first
-from anncvt.passes.pairing import Pair, outputs_of
+from anncvt.passes.norms import normalised
+from anncvt.passes.pairing import Pair
 from anncvt.passes.quantile_map import quantile_map, tent_table
 
 #: Activations per input channel that the quantiles are taken from.
@@ -36,9 +37,7 @@ def initialise(
     Returns:
         Share of the teacher's variance explained per layer (R^2, mean over channels).
     """
-    with outputs_of([pair.conv_end for pair in paired]) as outputs:
-        teacher(images)
-        targets = {pair.name: outputs[pair.conv_end][0] for pair in paired}
+    targets = _targets(teacher, paired, images)
     explained: dict[str, float] = {}
     generator = torch.Generator().manual_seed(0)
 
@@ -63,6 +62,24 @@ def initialise(
         for handle in handles:
             handle.remove()
     return explained
+
+
+def _targets(teacher: nn.Module, paired: list[Pair], images: Tensor) -> dict[str, Tensor]:
+    """What the teacher makes of ``images`` at each layer, its norm included."""
+    targets: dict[str, Tensor] = {}
+
+    def keep(pair: Pair, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if pair.name not in targets:
+            # Of its own: what comes next may work in place.
+            targets[pair.name] = output.clone() if pair.conv_end is pair.conv else normalised(pair.conv_end, output)
+
+    handles = [pair.conv.register_forward_hook(functools.partial(keep, pair)) for pair in paired]
+    try:
+        teacher(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return targets
 
 
 @torch.no_grad()

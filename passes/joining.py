@@ -67,6 +67,8 @@ def joining(node: fx.Node, network: nn.Module) -> Joining | None:
         return None if found is None else found(source_of(node), module)
     if node.op not in ("call_function", "call_method"):
         return None
+    if node.target is F.batch_norm:
+        return _batch_norm(node, network)
     make = _METHODS.get(str(node.target)) if node.op == "call_method" else _FUNCTIONS.get(cast(Any, node.target))
     return None if make is None else make(node)
 
@@ -94,18 +96,44 @@ def line(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     Raises:
         Unjoinable: it has no running statistics.
     """
-    if norm.running_mean is None or norm.running_var is None:
+    return _line(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+
+
+def _line(
+    mean: Tensor | None, variance: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    if mean is None or variance is None:
         raise Unjoinable("is a BatchNorm without running statistics")
-    mean, variance = norm.running_mean.detach().double(), norm.running_var.detach().double()
-    scale = 1 / torch.sqrt(variance + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    return scale, -scale * mean if norm.bias is None else norm.bias.detach().double() - scale * mean
+    scale = 1 / torch.sqrt(variance.detach().double() + eps)
+    if weight is not None:
+        scale = scale * weight.detach().double()
+    shift = -scale * mean.detach().double()
+    return scale, shift if bias is None else bias.detach().double() + shift
 
 
 def _norm(source: fx.Node, norm: _BatchNorm) -> Line | None:
     # A subclass may do more than normalise.
     return Line(source, *line(norm)) if type(norm).forward is _BatchNorm.forward else None
+
+
+def _batch_norm(node: fx.Node, network: nn.Module) -> Line | None:
+    """The function, as norms that do more than normalise call it (timm's BatchNormAct2d)."""
+    if argument(node, 5, "training", False):
+        return None
+    mean, variance, weight, bias = (
+        _attribute(argument(node, at, name), network)
+        for at, name in enumerate(("running_mean", "running_var", "weight", "bias"), 1)
+    )
+    return Line(source_of(node), *_line(mean, variance, weight, bias, argument(node, 7, "eps", 1e-5)))
+
+
+def _attribute(value: Any, network: nn.Module) -> Tensor | None:
+    if value is None or isinstance(value, Tensor):
+        return value
+    if value.op != "get_attr":
+        raise Unjoinable("normalises with numbers that the network computes")
+    owner, _, name = value.target.rpartition(".")
+    return getattr(network.get_submodule(owner), name)
 
 
 def _clamp(node: fx.Node, low: Any, high: Any) -> Limits:

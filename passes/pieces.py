@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,10 @@ from anncvt.nn import _AdderNd
 from anncvt.passes.walk import execute
 from anncvt.runtime.integer import Window
 from anncvt.runtime.integer_network import INPUT
+
+#: What assertions consist of.
+_QUESTIONS = {torch._assert, getattr, operator.getitem}
+_QUESTIONS |= {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
 
 
 @dataclass
@@ -201,13 +206,17 @@ def flat_graph(network: nn.Module) -> fx.Graph:
     }
     with eval_mode(outline), torch.no_grad():
         try:
-            return _FlatTracer().trace(outline, defaults or None)
+            graph = _FlatTracer().trace(outline, defaults or None)
         except Exception as error:  # arbitrary Python code meets proxies
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise AnncvtError(
                 f"its data flow cannot be traced: {lines[0][:160]}",
                 fix="quantize a network whose forward has no control flow on values",
             ) from error
+    for node in reversed([*graph.nodes]):
+        if not node.users and node.target in _QUESTIONS:  # they would count among the readers of a tensor
+            graph.erase_node(node)
+    return graph
 
 
 class _FlatTracer(fx.Tracer):

@@ -38,7 +38,7 @@ def pieces_of(program: Program) -> Pieces:
             fuser.tensors[node] = INPUT
         elif node.op == "output":
             _finish(fuser, node)
-        elif isinstance(fuser.values[node], Tensor):
+        elif node.op != "get_attr" and isinstance(fuser.values[node], Tensor):  # who reads an attribute knows it
             _add(fuser, node, program.student)
     return fuser.pieces
 

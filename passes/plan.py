@@ -32,7 +32,7 @@ def plan(program: Program, choice: Choice | None = None, *, progress: Progress =
 
     Args:
         choice: the user's wishes; what has no counterpart cannot be swapped.
-        progress: told where little can be gained.
+        progress: told where little can be gained, and of layers that a plan file leaves out.
 
     Returns:
         The program with its plan. A student of a different plan is dropped.
@@ -49,6 +49,10 @@ def plan(program: Program, choice: Choice | None = None, *, progress: Progress =
     decided = decide(program.teacher, observation, *graphs, choice)
     if not decided.swapped:
         raise _nothing(program.source.model, decided)
+    silent = [layer.name for layer in decided.layers if choice.file and layer.name not in choice.file]
+    if silent:
+        some = ", ".join(silent[:3]) + (", ..." if len(silent) > 3 else "")
+        progress.note(f"the plan file says nothing of {len(silent)} layers ({some}): decided as without it")
     decided = dataclasses.replace(decided, memory=training_memory(program.teacher, size, decided))
     totals = decided.totals()
     if totals["swapped_share"] < LITTLE:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from anncvt.passes.norms import own_activation
 from anncvt.passes.walk import reader
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -28,17 +29,20 @@ class Sequel:
     activation: Callable[[Tensor], Tensor] | None  # element by element; leaves its input alone
 
 
-def sequel(node: fx.Node, has_norm: bool, known: Callable[[fx.Node], bool], network: nn.Module) -> Sequel:
+def sequel(node: fx.Node, norm: nn.Module | None, known: Callable[[fx.Node], bool], network: nn.Module) -> Sequel:
     """Follow the output of the layer at ``node`` through an addition and an activation.
 
     It is followed as far as each value has one reader.
 
     Args:
-        has_norm: a norm of the graph reads the layer.
+        norm: the norm of the graph that reads the layer, if one does.
         known: whether a node is computed before ``node``.
         network: where the graph's modules are.
     """
-    end = reader(node) if has_norm else node
+    own = None if norm is None else own_activation(norm)
+    if own is not None:
+        return Sequel(None, own)
+    end = node if norm is None else reader(node)
     user = None if end is None else reader(end)
     added = None
     if end is not None and user is not None and user.target in _ADDITIONS and len(user.all_input_nodes) == 2:

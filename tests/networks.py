@@ -171,3 +171,30 @@ class Inverted(nn.Module):
         x = self.pool(self.stem(x))
         x = x + self.project(self.depthwise(F.pad(self.expand(x), (1, 1, 0, 2))))
         return self.classifier(self.average(x).view(x.size(0), -1))
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """timm's: the activation is part of the norm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, "4-d")
+        mean, variance = self.running_mean, self.running_var
+        x = F.batch_norm(x, mean, variance, self.weight, self.bias, self.training, 0.1, self.eps)
+        return self.act(self.drop(x))
+
+
+class NormAct(Residual):
+    """:class:`Residual` whose first norms have the activation in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.bn1 = BatchNormAct2d(4), BatchNormAct2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.stem(x))
+        x = F.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))) + self.down(x))
+        return self.head(x.mean((2, 3)))

@@ -195,6 +195,26 @@ def test_a_pickled_module_of_torch_classes_brings_its_architecture(tmp_path):
     assert torch.equal(build(program.source)(x), network(x))
 
 
+def test_arguments_that_nothing_takes_are_refused(tmp_path):
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), tmp_path / "net.pt")
+    with pytest.raises(AnncvtError, match="built already"):
+        load(tmp_path / "net.pt", arch_args={"n": 3}, input_size=8)
+
+
+@pytest.mark.parametrize(
+    ("model", "arch", "message"),
+    [
+        (Residual(), {"arch": "anncvt_arch:Residual"}, "is given"),
+        (Residual(), {"arch_args": {"width": 8}}, "is given"),
+        ("anncvt_arch:Residual", {"arch": "anncvt_arch:Residual"}, "names a network"),
+        (Residual().to("meta"), {}, "without values"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(model, arch, message):
+    with pytest.raises(AnncvtError, match=message):
+        load(model, input_size=8, **arch)
+
+
 def test_a_pickled_module_of_other_classes_needs_its_architecture(tmp_path, saved):
     network = saved[1]
     torch.save(network, tmp_path / "whole.pt")
@@ -369,6 +389,7 @@ def test_a_hub_that_does_not_answer_is_an_error_with_a_way_out(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(_hub, "hf_hub_download", offline)
+    recorder = Recorder()
     with pytest.raises(AnncvtError, match="no route to host") as error:
-        load("hf-hub:someone/net")
-    assert "config.json" in error.value.fix
+        load("hf-hub:someone/net", progress=recorder)
+    assert "config.json" in error.value.fix and len(recorder.totals) == 1  # told what takes so long

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from killing import killed_and_resumed
-from networks import Awkward, Mobile, Residual
+from networks import Awkward, Mobile, NormAct, Residual
 from recorder import Recorder
 
 from anncvt.errors import AnncvtError
@@ -19,6 +19,7 @@ from anncvt.passes.calibrate import CalibrationConfig, calibrate
 from anncvt.passes.fit_blocks import BlockFit
 from anncvt.passes.fit_jointly import JointFit
 from anncvt.passes.fit_layers import LayerFit
+from anncvt.passes.initialise import initialise
 from anncvt.passes.pairing import pairs
 from anncvt.passes.plan import plan
 from anncvt.passes.rewrite import rewrite
@@ -91,6 +92,43 @@ def test_what_tracing_cannot_reach_is_calibrated_all_the_same():
     assert set(program.history[-1].metrics["layers"]) == {pair.name for pair in pairs(program)}
     assert "branch.conv" in program.history[-1].metrics["layers"]
     assert all(torch.isfinite(value).all() for value in program.student.state_dict().values())
+
+
+class InPlace(Residual):
+    """Activations overwrite what the norms made."""
+
+    def forward(self, x):
+        x = F.relu_(self.bn(self.stem(x)))
+        y = F.relu_(self.bn1(self.conv1(x)))
+        x = F.relu_(self.bn2(self.conv2(y)) + self.down(x))
+        return self.head(x.mean((2, 3)))
+
+
+def _like(program, network):
+    """A program of another way to write the same network."""
+    network.load_state_dict(program.teacher.state_dict())
+    found = rewrite(plan(load(network.eval(), input_size=program.preprocess.input_size)))
+    assert found.plan.layers == program.plan.layers
+    return found
+
+
+def test_a_layer_is_fitted_alike_whether_the_activation_is_in_its_norm():
+    plain = _program(Residual())
+    rows = []
+    for program in (plain, _like(plain, NormAct())):
+        rows.append(calibrate(program, _images(), config=QUICK).history[-1].metrics["layers"])
+    for name, row in rows[0].items():
+        assert rows[1][name] == pytest.approx(row, abs=2e-3), name
+
+
+@pytest.mark.parametrize("other", [InPlace, NormAct])
+def test_the_map_aims_at_what_comes_before_the_activation(other):
+    plain = _program(Residual())
+    explained = []
+    for program in (plain, _like(plain, other())):
+        x = normalise(_images().pixels, program.preprocess)
+        explained.append(initialise(program.teacher, program.student, pairs(program), x))
+    assert explained[1] == pytest.approx(explained[0], abs=1e-4)
 
 
 def test_same_seed_same_weights():

@@ -2,6 +2,7 @@ import json
 
 import pytest
 from networks import Mobile, Residual
+from recorder import Recorder
 
 from anncvt.errors import AnncvtError
 from anncvt.loading import load
@@ -50,6 +51,9 @@ def test_edited_actions_are_taken_and_globs_win_over_them(tmp_path):
 def test_a_short_file_leaves_the_rest_to_the_policy(tmp_path):
     (tmp_path / "plan.json").write_text('{"layers": [{"name": "conv1", "action": "keep"}]}')
     assert adders(Residual(), 8, plan_file=tmp_path / "plan.json") == {"conv2", "down.0"}
+    notes = Recorder()
+    plan(load(Residual(), input_size=8), Choice.of(plan_file=tmp_path / "plan.json"), progress=notes)
+    assert notes.notes == ["the plan file says nothing of 3 layers (stem, conv2, down.0): decided as without it"]
 
 
 @pytest.mark.parametrize(

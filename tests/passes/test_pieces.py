@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Awkward, Inverted, Mobile, Residual, ZeroPadded
+from networks import Awkward, Inverted, Mobile, NormAct, Residual, ZeroPadded
 from quantized import adder_program, noise
 from torch import nn
 
@@ -61,7 +61,7 @@ class Preactivated(nn.Module):
         return self.head(x.mean((-1, -2), keepdim=True).flatten(1))
 
 
-@pytest.mark.parametrize("cnn", [Residual, ZeroPadded, Inverted, Preactivated])
+@pytest.mark.parametrize("cnn", [Residual, ZeroPadded, Inverted, Preactivated, NormAct])
 def test_pieces_compute_what_the_network_does(cnn):
     program = adder_program(cnn(), 8)
     pieces = pieces_of(program)
@@ -70,8 +70,9 @@ def test_pieces_compute_what_the_network_does(cnn):
         torch.testing.assert_close(evaluated(pieces, x).float(), program.student(x), rtol=1e-4, atol=1e-4)
 
 
-def test_norm_residual_and_activation_are_fused():
-    pieces = pieces_of(adder_program(Residual(), 8))
+@pytest.mark.parametrize("cnn", [Residual, NormAct])
+def test_norm_residual_and_activation_are_fused(cnn):
+    pieces = pieces_of(adder_program(cnn(), 8))
     assert [piece.op for piece in pieces.order] == [
         "convolution", "adder", "adder", "adder", "sum_pool", "convolution"
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import NormAct
 from torch import nn
 
 from anncvt.passes.surroundings import sequel
@@ -25,7 +26,7 @@ def _sequel(after, known=("x", "stem")):
     network = Net(after).eval()
     graph = trace(network).parts[0].graph
     node = next(node for node in graph.nodes if node.target == "conv")
-    return sequel(node, True, lambda other: other.name in known, network)
+    return sequel(node, network.bn, lambda other: other.name in known, network)
 
 
 ACTIVATIONS = {
@@ -58,3 +59,13 @@ def test_what_is_not_known_yet_and_what_has_two_readers_is_not_followed():
     assert _sequel(lambda net, x, y: F.relu(y + x), known=()).added is None
     assert _sequel(lambda net, x, y: F.relu(y) + y).activation is None
     assert _sequel(lambda net, x, y: torch.sigmoid(y)).activation is None
+
+
+def test_an_activation_in_the_norm_is_what_follows():
+    network = NormAct().eval()
+    graph = trace(network).parts[0].graph
+    node = next(node for node in graph.nodes if node.target == "conv1")
+    found = sequel(node, network.bn1, lambda other: True, network)
+    y = torch.linspace(-8, 8, 9)
+    torch.testing.assert_close(found.activation(y), F.relu(y))
+    assert found.added is None and y.min() == -8

@@ -435,6 +435,7 @@ def compile_for_onnxruntime(
     path: str | Path | None = None,
     *,
     target: str | None = None,
+    fixed: bool = False,
     progress: Progress = SILENT,
 ) -> Path:
     """Build the native library that makes the folder's ONNX files fast in onnxruntime.
@@ -443,10 +444,11 @@ def compile_for_onnxruntime(
     ``path`` says else.
 
     Args:
-        target: see :func:`anncvt.runtime.onnx_native.build`.
+        target, fixed: see :func:`anncvt.runtime.onnx_native.build`.
 
     Raises:
-        AnncvtError: nothing was exported yet, TVM or a C compiler is missing, or ``path`` cannot be written.
+        AnncvtError: nothing was exported yet, TVM or a C compiler is missing, the target gains nothing from fixed
+            point, or ``path`` cannot be written.
     """
     from anncvt.runtime import onnx_native
 
@@ -454,7 +456,8 @@ def compile_for_onnxruntime(
     models = sorted(Path(program.folder).glob("*.onnx")) if program.folder else []
     if not models:
         raise AnncvtError("nothing was exported yet", where=program.folder, fix="run `anncvt export DIR` first")
-    return onnx_native.build(models, _beside(program, path, onnx_native.LIBRARY), target=target, progress=progress)
+    library = _beside(program, path, onnx_native.LIBRARY)
+    return onnx_native.build(models, library, target=target, fixed=fixed, progress=progress)
 
 
 def check(

@@ -280,15 +280,15 @@ def compile_(
     """
     from anncvt import api
 
-    if runtime == "onnxruntime" and (batches or int8 or fixed16):
+    if runtime == "onnxruntime" and (batches or int8):
         raise click.UsageError(
-            "--batch, --int8 and --fixed16 are for TVM; a library for onnxruntime serves any batch and integers."
+            "--batch and --int8 are for TVM; a library for onnxruntime serves all batches and integers."
         )
     if int8 and fixed16:
         raise click.UsageError("--fixed16 is for the network of floats, --int8 for that of integers.")
     with working() as progress:
         if runtime == "onnxruntime":
-            path = api.compile_for_onnxruntime(folder, output, target=target, progress=progress)
+            path = api.compile_for_onnxruntime(folder, output, target=target, fixed=fixed16, progress=progress)
         else:
             path = api.compile(
                 folder, output, target=target or "cpu", batch=batches, integers=int8, fixed=fixed16, progress=progress

@@ -4,8 +4,8 @@
     python benchmarks/network.py torchvision:resnet18 --batch 16 --keep out/networks
     python benchmarks/network.py torchvision:resnet50 --rows native "native, int8" CNN "CNN, int8"
 
-"adders" are compiled by TVM as a whole, "fixed" in 16-bit fixed point; "native" are ONNX files in onnxruntime with the
-native library, with fused adders unless it says "unfused".
+"adders" are compiled by TVM as a whole; "native" are ONNX files in onnxruntime with the native library, with fused
+adders unless it says "unfused"; "fixed": in 16-bit fixed point.
 
 Random weights, BatchNorm statistics of noise, the default plan (in a MobileNetV2 pointwise convolutions become adders,
 depthwise ones stay). Medians of interleaved calls, and the least of them, which other work disturbs less; by the
@@ -48,7 +48,9 @@ ROWS = {
     "adders, int8": "model.int8.so",
     "native": "model.onnx",
     "native, int8": "model.int8.onnx",
+    "native, fixed": "model.onnx",
     "native unfused": "unfused.onnx",
+    "native unfused, fixed": "unfused.onnx",
     "native unfused, int8": "unfused.int8.onnx",
     "CNN": "cnn.onnx",
     "CNN, int8": "cnn.int8.onnx",
@@ -91,15 +93,23 @@ def build(name: str, size: int, batch: int, folder: Path, rows: list[str]) -> No
         program.folder = str(folder)
         if any(row.endswith("int8") and not row.startswith("CNN") for row in wanted):
             integer_network.save(quantize(program, noise(program), QuantizeConfig(fit=False)), folder)
-        for row in wanted:
+        for row in {ROWS[row]: row for row in wanted}.values():  # two libraries serve the same file
             begin = time.monotonic()
             make(program, row, folder / ROWS[row], batch)
             print(f"{name}: {row} made in {time.monotonic() - begin:.1f} s", flush=True)
-    native, library = [row for row in rows if row.startswith("native")], folder / onnx_native.LIBRARY
-    if native and (not library.exists() or set(native) & set(wanted)):
-        begin = time.monotonic()
-        onnx_native.build([folder / ROWS[row] for row in native], library, target="cpu")
-        print(f"{name}: native library built in {time.monotonic() - begin:.1f} s", flush=True)
+    for fixed in (False, True):
+        native = [row for row in rows if row.startswith("native") and row.endswith("fixed") == fixed]
+        library = folder / library_of(fixed)
+        if native and (not library.exists() or set(native) & set(wanted)):
+            begin = time.monotonic()
+            models = sorted({folder / ROWS[row] for row in native})
+            onnx_native.build(models, library, target="cpu", fixed=fixed)
+            print(f"{name}: {library.name} built in {time.monotonic() - begin:.1f} s", flush=True)
+
+
+def library_of(fixed: bool) -> str:
+    """Whether it computes adders of floats in fixed point or not, a native library serves the same files."""
+    return "libanncvt_ort.fixed.so" if fixed else onnx_native.LIBRARY
 
 
 def make(program: Program, row: str, path: Path, batch: int) -> None:
@@ -151,8 +161,10 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]
         path = folder / ROWS[row]
         call: Callable[[np.ndarray], np.ndarray]
         if path.suffix == ".onnx":
-            session = onnx.session(path, threads=options.threads)
+            library = folder / library_of(row.endswith("fixed")) if row.startswith("native") else "none"
+            session = onnx.session(path, threads=options.threads, library=library)
             assert session.anncvt.native == row.startswith("native"), session.anncvt.why
+            print(f"{row}: {session.anncvt.why}")
             call = lambda images, session=session: onnx.run(session, images)  # noqa: E731
         else:
             call = tvm.load(path, threads=options.threads)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import onnx
 
 LIBRARY = "libanncvt_ort.so"
-FORMAT = 1
+FORMAT = 2
 SOURCES = Path(__file__).parent / "ort"
 #: Element type of the first two inputs (data, and weights or multipliers) of every op that the library has (numpy's
 #: names).
@@ -46,7 +46,7 @@ OPS = {
     "MaxPoolInteger": "uint8",
 }
 #: Of the linker: only what others call is visible, so that nothing of it meets TVM's own runtime in a process.
-_EXPORTS = "{ global: RegisterCustomOps; anncvt_compiled_calls; local: *; };\n"
+_EXPORTS = "{ global: RegisterCustomOps; anncvt_compiled_calls; anncvt_layers; local: *; };\n"
 _FLAGS = (
     *("-std=gnu11", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"),
     *("-Wl,-z,nodelete", "-Wl,-z,defs"),
@@ -56,7 +56,12 @@ _FLAGS = (
 
 
 def build(
-    models: Sequence[str | Path], path: str | Path, *, target: str | None = None, progress: Progress = SILENT
+    models: Sequence[str | Path],
+    path: str | Path,
+    *,
+    target: str | None = None,
+    fixed: bool = False,
+    progress: Progress = SILENT,
 ) -> Path:
     """Write the library for ``models``.
 
@@ -65,13 +70,16 @@ def build(
         path: the file to write (atomically).
         target: None: every instruction set of x86-64, chosen from at run time; ``"cpu"``: those of this machine;
             ``"x86-64"``, ``"avx2"``, ``"avx512"`` or ``"avx512vnni"``: that one.
+        fixed: compute the adders of floats in 16-bit fixed point where the weights of the session's model are constant
+            and lose nothing by it, see :mod:`anncvt.runtime.kernels.fixed_point`.
         progress: shows the steps.
 
     Returns:
         ``path``.
 
     Raises:
-        AnncvtError: TVM or a C compiler is missing, a model cannot be read, or the file cannot be written.
+        AnncvtError: TVM or a C compiler is missing, a model cannot be read, the target is unknown or gains nothing from
+            fixed point, or the file cannot be written.
     """
     from anncvt.program import versions
 
@@ -82,13 +90,14 @@ def build(
     compiler = _compiler()
     layers = [layer for model in models for layer in layers_of(read(model))]
     levels = ort_library.levels(target)
-    wanted = ort_library.kernels(layers, levels)
+    wanted = ort_library.kernels(layers, levels, fixed=fixed)
     manifest = {
         "format": FORMAT,
         "domain": {DOMAIN: VERSION},
         "ops": OPS,
         "architecture": architecture(),
         "levels": [level.name for level in levels],
+        "fixed": fixed,
         "kernels": len(wanted),
         "versions": versions(),
     }

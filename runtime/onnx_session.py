@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,23 +23,33 @@ if TYPE_CHECKING:
 VARIABLE = "ANNCVT_ORT_LIBRARY"
 
 _log = logging.getLogger(__name__)
+#: The library counts the layers of all sessions of a process: those of one are told by opening one at a time.
+_opening = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a session executes the adders of its model; ``why`` is a sentence."""
+    """How a session executes the adders of its model; ``why`` is a sentence.
+
+    ``loops``: layers for which the library should have a compiled kernel and has none.
+    """
 
     native: bool
     why: str
     library: Path | None = None
+    loops: int = 0
 
 
 def open_session(path: Path, threads: int | None, library: str | Path | None = None) -> onnxruntime.InferenceSession:
     """See :func:`anncvt.runtime.onnx.session`; the model's version of the op was checked."""
     choice = choose(path, library)
-    if choice.native:
+    if choice.library is not None:
         try:
-            return _told(_open(path, threads, choice.library), choice)
+            with _opening:
+                before = _layers(choice.library)
+                opened = _open(path, threads, choice.library)
+                found = [after - earlier for after, earlier in zip(_layers(choice.library), before, strict=True)]
+            return _told(opened, _in_detail(choice, *found))
         except Exception as error:  # onnxruntime's errors have no common base
             if library is not None:
                 raise AnncvtError(
@@ -47,6 +59,27 @@ def open_session(path: Path, threads: int | None, library: str | Path | None = N
                 ) from error
             choice = Choice(False, f"{choice.library} did not work: {first_line(error)}")
     return _told(_open_stock(path, threads), choice)
+
+
+def _layers(library: Path) -> list[int]:
+    """Adder layers that sessions of this process were made of so far: all that may have a compiled kernel, those that
+    have one, those in 16-bit fixed point."""
+    counts = (ctypes.c_uint64 * 3)()
+    ctypes.CDLL(str(library.resolve())).anncvt_layers(counts)
+    return list(counts)
+
+
+def _in_detail(choice: Choice, layers: int, compiled: int, fixed: int) -> Choice:
+    """``choice`` with what the library made of the layers in ``why``."""
+    why = choice.why
+    if fixed:
+        why += f", {fixed} of {layers} layers in 16-bit fixed point"
+    if compiled < layers:
+        why += (
+            f", but {layers - compiled} of {layers} layers in its plain loops, because it has no compiled kernel for "
+            "them on this machine: run `anncvt compile DIR --for onnxruntime` again"
+        )
+    return replace(choice, why=why, loops=layers - compiled)
 
 
 def choose(path: Path, library: str | Path | None = None) -> Choice:
@@ -87,7 +120,7 @@ def _check(manifest: dict[str, Any], place: Path) -> None:
     fix = "build it again with `anncvt compile DIR --for onnxruntime`"
     if "domain" not in manifest:
         raise AnncvtError("not a library for onnxruntime", where=str(place), fix=fix)
-    if manifest["format"] > FORMAT or manifest["domain"].get(DOMAIN) != VERSION:
+    if manifest["format"] != FORMAT or manifest["domain"].get(DOMAIN) != VERSION:
         raise AnncvtError("made by another version of anncvt", where=str(place), fix=fix)
     if manifest["architecture"] != processor.architecture():
         raise AnncvtError(
@@ -146,5 +179,6 @@ def _open_stock(path: Path, threads: int | None) -> onnxruntime.InferenceSession
 
 def _told(session: onnxruntime.InferenceSession, choice: Choice) -> onnxruntime.InferenceSession:
     session.anncvt = choice
-    _log.info("%s: %s", "native" if choice.native else "stock", choice.why)
+    level = logging.WARNING if choice.loops else logging.INFO
+    _log.log(level, "%s: %s", "native" if choice.native else "stock", choice.why)
     return session

@@ -113,11 +113,7 @@ def _deployment(target: str, fixed: bool) -> Deployment:
 
     deployment = Deployment.parse(target)
     if fixed and fixed_point.form_of(deployment.architecture, deployment.features) is None:
-        raise AnncvtError(
-            f"{deployment.name} has no instructions that make 16-bit fixed point faster than floats (AVX2 has)",
-            where="compile",
-            fix="compile without it, or the integers that `anncvt quantize` makes",
-        )
+        raise fixed_point.refusal(deployment.name)
     return dataclasses.replace(deployment, fixed=fixed)
 
 

@@ -69,6 +69,13 @@ def compiled_calls(library: Path) -> int:
     return count()
 
 
+def layers_made(library: Path) -> np.ndarray:
+    """Adder layers of the sessions so far: that may have a compiled kernel, that have one, in 16-bit fixed point."""
+    counts = (ctypes.c_uint64 * 3)()
+    ctypes.CDLL(str(library)).anncvt_layers(counts)
+    return np.array(counts)
+
+
 def to_blocks(x: np.ndarray) -> np.ndarray:
     """``[N, C, H, W]`` as ``[N, ceil(C/16), H, W, 16]``, lanes beyond the last channel zero."""
     full = np.pad(x, ((0, 0), (0, -x.shape[1] % 16), (0, 0), (0, 0)))

@@ -109,6 +109,14 @@ class TestChain:
         checked = answered("check", converted, "--limit", 4)
         assert checked["ok"] is True and set(checked["backends"]) == {"onnxruntime"}
 
+    @pytest.mark.skipif("avx2" not in (processor.features() or ()), reason="needs AVX2")
+    def test_a_library_in_fixed_point(self, converted):
+        answered("export", converted, "--fuse")
+        path = answered("compile", converted, "--for", "onnxruntime", "--target", "cpu", "--fixed16")["path"]
+        assert read_manifest(Path(path))["fixed"] is True
+        found = answered("check", converted, "--limit", 40)["backends"]["onnxruntime"]
+        assert 1e-8 < found["max_rel"] < 1e-3 and found["top1_agreement"] == 100
+
     def test_people_see_tables(self, converted, picture):
         assert "teacher (CNN)" in anncvt("evaluate", converted, "--limit", 20).stdout
         assert "layer3.conv2" in anncvt("plan", converted).stdout
@@ -298,7 +306,7 @@ class TestBadInput:
 
     def test_nothing_to_build_a_library_for(self, converted):
         assert "anncvt export" in self.refused(converted.parent, "compile", converted, "--for", "onnxruntime")
-        for flag in (["--int8"], ["--batch", 8], ["--fixed16"]):
+        for flag in (["--int8"], ["--batch", 8]):
             message = self.refused(converted.parent, "compile", converted, "--for", "onnxruntime", *flag, code=2)
             assert "are for TVM" in message
         assert "anncvt quantize" in self.refused(converted.parent, "export", converted, "--int8", "--fuse")

@@ -12,11 +12,14 @@ so that no range of the activations is needed, and values far outside are exact.
 
 The first sum belongs to the patch and is shared by all output channels, the last is a constant. Rounding changes a tap
 by up to ``s``, about 1e-4 of the weights' standard deviation, and in sums those errors average out.
+
+The native library of onnxruntime has :func:`suitable` and :func:`pack` in C (``runtime/ort/fixed.c``).
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +28,7 @@ from tvm import tirx
 from tvm.script import tirx as S
 from tvm.tirx.script.builder import ir as T
 
+from anncvt.errors import AnncvtError
 from anncvt.runtime.kernels.flat import function, prefetch
 from anncvt.runtime.kernels.inference import STREAM_BYTES, Item, Kernel, Tile, per_lane
 from anncvt.runtime.kernels.integer_forms import Form, call, repeat
@@ -70,6 +74,22 @@ def _form(lanes: int, registers: int, vectors: int, add: Callable[[Any, Any, Any
     return Form("fixed", lanes, 2, registers, vectors, step, source="int16", weight="int16", maxima=True)
 
 
+def refusal(target: str) -> AnncvtError:
+    """What to say where :func:`form_of` has nothing for a target that a user chose."""
+    return AnncvtError(
+        f"{target} has no instructions that make 16-bit fixed point faster than floats (AVX2 has)",
+        where="compile",
+        fix="compile without it, or the integers that `anncvt quantize` makes",
+    )
+
+
+def possible(layer: Layer, architecture: str, features: tuple[str, ...]) -> bool:
+    """Whether fixed point has a kernel for a layer of mode ``"max"`` on a processor."""
+    if layer.mode != "max" or layer.per_lane or not layer.blocked or form_of(architecture, features) is None:
+        return False
+    return blocks(layer.in_channels // layer.groups) * LANES * math.prod(layer.kernel) <= MOST_TAPS
+
+
 def suitable(layer: Layer, weight: np.ndarray, architecture: str, features: tuple[str, ...]) -> bool:
     """Whether a layer of mode ``"max"`` is better computed in fixed point, and loses nothing that matters.
 
@@ -78,12 +98,9 @@ def suitable(layer: Layer, weight: np.ndarray, architecture: str, features: tupl
         weight: ``[O, C/groups, kh, kw]``.
         architecture, features: of the processor.
     """
-    if layer.mode != "max" or layer.per_lane or not layer.blocked or form_of(architecture, features) is None:
-        return False
     low, high = _ends(weight)
-    deviation = float(np.abs(weight - np.median(weight)).mean())
-    _, depth, kh, kw = weight.shape
-    return blocks(depth) * LANES * kh * kw <= MOST_TAPS and 0 < high - low <= MOST_SPREAD * deviation
+    deviation = float(np.abs(weight - weight.mean(dtype=np.float64)).mean(dtype=np.float64))
+    return possible(layer, architecture, features) and 0 < high - low <= MOST_SPREAD * deviation
 
 
 def _ends(weight: np.ndarray) -> tuple[float, float]:

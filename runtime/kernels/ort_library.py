@@ -16,7 +16,7 @@ import tvm
 from tvm import tirx
 
 from anncvt.errors import AnncvtError
-from anncvt.runtime.kernels import inference
+from anncvt.runtime.kernels import fixed_point, inference
 from anncvt.runtime.kernels.deployment import Deployment
 from anncvt.runtime.kernels.integer import cells_of
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
@@ -89,17 +89,37 @@ class Kernel:
         return f"anncvt_{self.index}_{self.level.number}"
 
 
-def kernels(layers: Iterable[Layer | IntegerLayer], chosen: Sequence[Level]) -> list[Kernel]:
+def kernels(layers: Iterable[Layer | IntegerLayer], chosen: Sequence[Level], *, fixed: bool = False) -> list[Kernel]:
     """What is to be compiled for ``layers`` (one image each), without repetitions.
 
     Depthwise integer layers are left to the library's own loops.
+
+    Args:
+        fixed: layers of floats get a kernel in 16-bit fixed point besides, where there is one; whether it may be used
+            depends on the weights.
+
+    Raises:
+        AnncvtError: ``fixed``, and none of the instruction sets is faster in it.
     """
     distinct = [layer for layer in dict.fromkeys(layers) if not (isinstance(layer, IntegerLayer) and layer.depthwise)]
-    return [
+    found = [
         Kernel(layer, level, index)
         for level in chosen
         for index, layer in enumerate(distinct)
         if level.floats or isinstance(layer, IntegerLayer)
+    ]
+    return found + (_in_fixed_point(distinct, chosen) if fixed else [])
+
+
+def _in_fixed_point(distinct: Sequence[Layer | IntegerLayer], chosen: Sequence[Level]) -> list[Kernel]:
+    deployments = {level: Deployment.parse(level.target) for level in chosen}
+    if all(fixed_point.form_of(made.architecture, made.features) is None for made in deployments.values()):
+        raise fixed_point.refusal(" and ".join(level.name for level in chosen))
+    return [
+        Kernel(dataclasses.replace(layer, mode="fixed"), level, index)
+        for level, made in deployments.items()
+        for index, layer in enumerate(distinct, start=len(distinct))
+        if isinstance(layer, Layer) and fixed_point.possible(layer, made.architecture, made.features)
     ]
 
 
@@ -122,6 +142,8 @@ def compile_objects(wanted: Sequence[Kernel], folder: Path, advance: Callable[[i
 def _function(layer: Layer | IntegerLayer, deployment: Deployment) -> tirx.PrimFunc:
     if isinstance(layer, IntegerLayer):
         return Plan.of(layer, deployment).build()
+    if layer.mode == "fixed":
+        return fixed_point.generate(layer, deployment.architecture, deployment.features)
     return inference.build(_float_layer(layer, deployment), tiling(layer, deployment.accumulators), deployment.assembly)
 
 
@@ -157,9 +179,9 @@ def _row(kernel: Kernel) -> str:
         head = f"INTEGER_ADDER, {kernel.level.number}, {_geometry(layer)}, {int(layer.blocked)}, 0, 0"
         end = f"{{{int(layer.result == 'uint8')}, {int(layer.residual)}, 0, 0, 0, 0}}"
         return f"{head}, {end}, {_panels(kernel.name, Plan.of(layer, deployment))}"
-    layer = _float_layer(layer, deployment)
+    kind, layer = ("FIXED" if layer.mode == "fixed" else "FLOAT"), _float_layer(layer, deployment)
     depth = layer.in_channels // layer.groups if layer.per_lane or not layer.blocked else LANES
-    head = f"FLOAT_ADDER, {kernel.level.number}, {_geometry(layer)}, {int(layer.blocked)}"
+    head = f"{kind}_ADDER, {kernel.level.number}, {_geometry(layer)}, {int(layer.blocked)}"
     return f"{head}, {int(layer.form == 'max')}, {depth}, {_epilogue(layer)}, {{0}}"
 
 

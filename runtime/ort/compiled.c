@@ -9,6 +9,20 @@ static atomic_uint_fast64_t calls;
 /* How often compiled kernels ran in this process: tells a test, or a puzzled user, that they do. */
 __attribute__((visibility("default"))) uint64_t anncvt_compiled_calls(void) { return atomic_load(&calls); }
 
+/* Adder layers with constant weights that sessions in this process were made of: all that this kind of library may have a
+   compiled kernel for, those that it has one for, those computed in fixed point. */
+static atomic_uint_fast64_t layers[3];
+
+__attribute__((visibility("default"))) void anncvt_layers(uint64_t counts[3]) {
+  for (int i = 0; i < 3; ++i) counts[i] = atomic_load(&layers[i]);
+}
+
+void note_layer(const Compiled *compiled) {
+  atomic_fetch_add(&layers[0], 1);
+  if (compiled) atomic_fetch_add(&layers[1], 1);
+  if (compiled && compiled->kind == FIXED_ADDER) atomic_fetch_add(&layers[2], 1);
+}
+
 /* Levels of x86-64; elsewhere there is only level 0, made for the machine that built the library. */
 static int supported(int level) {
 #if defined(__x86_64__)
@@ -42,7 +56,7 @@ const Compiled *find_compiled(int kind, const Layer *layer, const Epilogue *epil
     if (kernel->kind != kind || kernel->epilogue.fused != epilogue->fused ||
         kernel->epilogue.residual != epilogue->residual)
       continue;
-    if (kind == FLOAT_ADDER && (kernel->epilogue.low != epilogue->low || kernel->epilogue.high != epilogue->high))
+    if (kind != INTEGER_ADDER && (kernel->epilogue.low != epilogue->low || kernel->epilogue.high != epilogue->high))
       continue;
     if (!same_layer(&kernel->layer, layer, !like)) continue;
     if (like ? kernel->level != like->level : !supported(kernel->level)) continue;
@@ -79,7 +93,7 @@ OrtStatus *call_compiled(const OrtKernelContext *context, const Compiled *kernel
   const Packing places = packing(kernel);
   const int64_t outputs = blocks(layer->outputs), height = out_height(layer), width = out_width(layer);
   const int fused = kernel->epilogue.fused;
-  const int code = kernel->kind == FLOAT_ADDER ? CODE_FLOAT : CODE_UINT, bits = kernel->kind == FLOAT_ADDER ? 32 : 8;
+  const int integer = kernel->kind == INTEGER_ADDER, code = integer ? CODE_UINT : CODE_FLOAT, bits = integer ? 8 : 32;
   Call call;
   call.count = 0;
   if (kernel->blocked)
@@ -91,6 +105,12 @@ OrtStatus *call_compiled(const OrtKernelContext *context, const Compiled *kernel
     ADD(constants + places.weight, code, bits, outputs, cells, layer->kernel[0], layer->kernel[1], kernel->depth, LANES);
     ADD(constants + places.first, code, bits, outputs + 1, LANES);
     ADD(constants + places.second, code, bits, outputs, LANES);
+  } else if (kernel->kind == FIXED_ADDER) {
+    const int64_t cells = ceil_div(depth_of(layer), LANES), pairs = LANES / 2;
+    ADD(constants + places.weight, CODE_INT, 16, outputs, cells, layer->kernel[0], layer->kernel[1], pairs, 2 * LANES);
+    ADD(constants + places.first, code, bits, outputs, LANES);
+    ADD(constants + places.second, code, bits, outputs, LANES);
+    ADD(constants + places.third, code, bits, FIXED_NUMBERS);
   } else {
     const Panels *panels = &kernel->panels;
     const int64_t all = layer->groups * panels->panels, lanes = panels->vectors * panels->lanes;
@@ -101,7 +121,7 @@ OrtStatus *call_compiled(const OrtKernelContext *context, const Compiled *kernel
     ADD(constants + places.third, CODE_INT, 32, 5);
   }
   if (residual) ADD(residual, code, bits, images, outputs, height, width, LANES);
-  if (kernel->kind == INTEGER_ADDER && !fused)
+  if (integer && !fused)
     ADD(y, CODE_INT, 32, images, outputs, height, width, LANES);
   else
     ADD(y, code, bits, images, outputs, height, width, LANES);

@@ -15,7 +15,9 @@ typedef struct {
   int64_t strides[2], pads[4], dilations[2], groups;
 } Layer;
 
-enum { FLOAT_ADDER, INTEGER_ADDER }; /* an integer adder ends with int32 sums, fused with bytes */
+/* FIXED_ADDER: floats in and out, 16-bit fixed point inside. An integer adder ends with int32 sums, fused with bytes. */
+enum { FLOAT_ADDER, FIXED_ADDER, INTEGER_ADDER };
+enum { FIXED_NUMBERS = 6 }; /* fixed_point.RANGE */
 
 /* Weights of an integer kernel: [panels, cells, kh, kw, steps, vectors, group/together, lanes, together]. */
 typedef struct {
@@ -42,7 +44,7 @@ typedef struct {
   Layer layer;
   int blocked;       /* x is blocked, else plain */
   int maxima;        /* float: shift holds scale times the sum of the weights */
-  int depth;         /* float: channels side by side in the weights */
+  int depth;         /* floats: channels side by side in the weights */
   Epilogue epilogue;
   Panels panels;     /* integer */
   int (*function)(void *, const void *, int32_t, void *);
@@ -84,13 +86,18 @@ typedef struct {
 } Packing;
 Packing packing(const Compiled *kernel);
 void pack_float(const Compiled *kernel, const float *weight, const float *scale, const float *shift, char *memory);
+/* fixed.c: whether the weights of a layer lose nothing in fixed point; packing them. */
+int suits_fixed(const Layer *layer, const float *weight);
+void pack_fixed(const Compiled *kernel, const float *weight, const float *scale, const float *shift, char *memory);
 /* multiplier and bias: of a fused layer, else NULL. */
 void pack_integer(const Compiled *kernel, const uint8_t *weight, uint8_t pad_value, const int32_t *multiplier,
                   const int64_t *bias, const Epilogue *end, char *memory);
 
 /* compiled.c: the best compiled kernel for a layer of any size on this processor, or the one for its size whose
-   constants are those of `like`, or NULL; calling it, kernels of floats for one image only. */
+   constants are those of `like`, or NULL; calling it, kernels of floats for one image only. note_layer: a layer with
+   constant weights got `compiled`, see anncvt_layers(). */
 const Compiled *find_compiled(int kind, const Layer *layer, const Epilogue *epilogue, const Compiled *like);
+void note_layer(const Compiled *compiled);
 OrtStatus *call_compiled(const OrtKernelContext *context, const Compiled *kernel, int64_t images, const void *x,
                          const char *constants, const void *residual, void *y);
 

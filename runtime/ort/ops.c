@@ -147,13 +147,20 @@ static OrtStatus *check_lanes(const Kernel *kernel, const Input *scale, const In
 
 static int kind_of(const Kernel *kernel) { return of_integers(kernel->op) ? INTEGER_ADDER : FLOAT_ADDER; }
 
+/* Depthwise layers of integers are left to plain loops. */
+static int left_to_loops(const Kernel *kernel) {
+  const Layer *layer = &kernel->layer;
+  return of_integers(kernel->op) && layer->groups > 1 && layer->groups == layer->channels &&
+         layer->groups == layer->outputs;
+}
+
 static void pack(const Kernel *kernel, const Compiled *compiled, const Input *inputs, char *memory) {
   const int fused = kernel->epilogue.fused;
   const void *first = fused ? inputs[2].data : NULL, *second = fused ? inputs[3].data : NULL;
   if (of_integers(kernel->op))
     pack_integer(compiled, inputs[1].data, kernel->pad_value, first, second, &kernel->epilogue, memory);
   else
-    pack_float(compiled, inputs[1].data, first, second, memory);
+    (compiled->kind == FIXED_ADDER ? pack_fixed : pack_float)(compiled, inputs[1].data, first, second, memory);
 }
 
 /* Whether what a fused integer layer shifts certainly fits 32 bits after the shift: compiled kernels keep no more. */
@@ -170,6 +177,16 @@ static int narrow(const Kernel *kernel, const Layer *layer, const Input *inputs)
   return ldexp(total, -end->bits) + 1 < INT32_MAX - 1;
 }
 
+/* The best kernel for constant weights: in fixed point if there is one and they allow it. */
+static const Compiled *find_for(const Kernel *kernel, const Input *inputs) {
+  const Layer *layer = &kernel->layer;
+  if (!of_integers(kernel->op)) {
+    const Compiled *fixed = find_compiled(FIXED_ADDER, layer, &kernel->epilogue, NULL);
+    if (fixed && suits_fixed(layer, inputs[1].data)) return fixed;
+  }
+  return find_compiled(kind_of(kernel), layer, &kernel->epilogue, NULL);
+}
+
 /* Weights that never change are packed once. */
 static OrtStatus *prepare(const OrtKernelInfo *info, Kernel *kernel) {
   Input inputs[4];
@@ -181,8 +198,9 @@ static OrtStatus *prepare(const OrtKernelInfo *info, Kernel *kernel) {
   }
   TRY(take_weight(&inputs[1], &kernel->layer));
   if (kernel->epilogue.fused) TRY(check_lanes(kernel, &inputs[2], &inputs[3]));
-  if (narrow(kernel, &kernel->layer, inputs))
-    kernel->compiled = find_compiled(kind_of(kernel), &kernel->layer, &kernel->epilogue, NULL);
+  if (left_to_loops(kernel) || !narrow(kernel, &kernel->layer, inputs)) return NULL;
+  kernel->compiled = find_for(kernel, inputs);
+  note_layer(kernel->compiled);
   if (!kernel->compiled) return NULL;
   kernel->constants = aligned_alloc(ALIGNMENT, packing(kernel->compiled).bytes);
   if (!kernel->constants) return no_memory();
@@ -274,7 +292,7 @@ static OrtStatus *choose(Call *call, Scratch *scratch) {
   const Compiled *like = kernel->compiled;
   if (!like && !narrow(kernel, &call->layer, call->inputs)) return NULL;
   if (!like) like = find_compiled(kind_of(kernel), &call->layer, &kernel->epilogue, NULL);
-  if (like) call->compiled = find_compiled(kind_of(kernel), &call->layer, &kernel->epilogue, like);
+  if (like) call->compiled = find_compiled(like->kind, &call->layer, &kernel->epilogue, like);
   if (!call->compiled) return NULL;
   call->constants = kernel->constants;
   if (!call->constants) {

@@ -17,11 +17,12 @@ Packing packing(const Compiled *kernel) {
   const Layer *layer = &kernel->layer;
   const int64_t window = layer->kernel[0] * layer->kernel[1], lanes = blocks(layer->outputs) * LANES;
   size_t weight, first, second, third = 0;
-  if (kernel->kind == FLOAT_ADDER) {
-    const int64_t depth = kernel->depth;
-    weight = lanes * ceil_div(depth_of(layer), depth) * depth * window * sizeof(float);
-    first = (lanes + LANES) * sizeof(float);
+  if (kernel->kind != INTEGER_ADDER) {
+    const int64_t depth = kernel->depth, fixed = kernel->kind == FIXED_ADDER;
+    weight = lanes * ceil_div(depth_of(layer), depth) * depth * window * (fixed ? sizeof(int16_t) : sizeof(float));
+    first = (lanes + (fixed ? 0 : LANES)) * sizeof(float);
     second = lanes * sizeof(float);
+    third = fixed ? FIXED_NUMBERS * sizeof(float) : 0;
   } else {
     weight = panel_lanes(kernel) * kernel->panels.cells * kernel->panels.cell * window;
     first = panel_lanes(kernel) * sizeof(int32_t);

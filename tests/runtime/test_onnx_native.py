@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import attributes, compiled_calls, native_session, node_model, to_blocks
+from native import attributes, compiled_calls, layers_made, native_session, node_model, to_blocks
 from parity import Case, cases
 
 from anncvt.errors import AnncvtError
@@ -123,9 +123,21 @@ def placed(array: np.ndarray, offset: int) -> np.ndarray:
     return copy
 
 
+def weights_of(model: onnx.ModelProto) -> np.ndarray:
+    return next(onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.name == "w")
+
+
 def assert_near(actual: np.ndarray, expected: np.ndarray) -> None:
     assert actual.shape == expected.shape
     assert np.abs(actual - expected).max(initial=0) <= TOLERANCE * np.abs(expected).max(initial=1e-30)
+
+
+def assert_near_in_fixed_point(actual: np.ndarray, expected: np.ndarray, weight: np.ndarray, scale: float = 1) -> None:
+    """Rounding moves a tap by a step of the weights at most, and sums by much less, as errors are random."""
+    assert actual.shape == expected.shape
+    step = (max(weight.max(), 0) - min(weight.min(), 0)) / 65532
+    limit = 3 * scale * step * weight[0].size ** 0.5 + 1e-6 * np.abs(expected).max()
+    assert np.abs(actual - expected).max() <= limit
 
 
 def write(folder, models):
@@ -162,6 +174,18 @@ def library(request, models, tmp_path_factory):
     return onnx_native.build(models, tmp_path_factory.mktemp("library") / f"{request.param}.so", target=request.param)
 
 
+@pytest.fixture(
+    scope="module",
+    params=["cpu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("avx2", "avx512", "avx512vnni"))],
+)
+def fixed_library(request, models, tmp_path_factory):
+    """The same with kernels in fixed point."""
+    if not usable("avx2") or not usable(request.param):
+        pytest.skip(f"this processor has no {request.param}, or nothing that makes fixed point fast")
+    path = tmp_path_factory.mktemp("fixed") / f"{request.param}.so"
+    return onnx_native.build(models, path, target=request.param, fixed=True)
+
+
 @pytest.fixture(scope="module")
 def loops(tmp_path_factory):
     """A library without compiled kernels."""
@@ -177,6 +201,23 @@ def test_compiled_floats(library, case):
     (y,) = native_session(model, library).run(None, inputs)
     assert_near(y, expected)
     assert compiled_calls(library) - before == (case.batch if floating else 0)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_fixed_point(fixed_library, case):
+    """Plain input and small groups stay in floats."""
+    model, inputs, expected = floats(case)
+    calls, layers = compiled_calls(fixed_library), layers_made(fixed_library)
+    (y,) = native_session(model, fixed_library).run(None, inputs)
+    fixed = (case.groups == 1 and case.channels >= 16) or case.channels % 16 == 0
+    floating = any(level.floats for level in ort_library.levels(fixed_library.stem))
+    compiled = fixed or floating
+    assert list(layers_made(fixed_library) - layers) == [1, compiled, fixed]
+    assert compiled_calls(fixed_library) - calls == case.batch * compiled
+    if fixed:
+        assert_near_in_fixed_point(y, expected, weights_of(model))
+    else:
+        assert_near(y, expected)
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=str)
@@ -215,6 +256,38 @@ def test_weights_that_change(library):
     (second,) = session.run(None, {**inputs, "w": inputs["w"] + 1})
     x, weight = (torch.from_numpy(inputs[name]) for name in ("x", "w"))
     assert_near(second, reference.forward(x, weight + 1, *LAYERS[0].arguments()).numpy())
+
+
+def test_weights_for_fixed_point(fixed_library):
+    """Those that change stay in floats, and so do those of which a few lie far outside."""
+    model, inputs, expected = floats(LAYERS[0], constant=False)
+    before = layers_made(fixed_library)
+    assert_near(native_session(model, fixed_library).run(None, inputs)[0], expected)
+    model, inputs, _ = floats(LAYERS[0])
+    weight = weights_of(model).copy()
+    weight[0, 0, 0, 0] = 1000
+    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(weight, "w"))
+    (y,) = native_session(model, fixed_library).run(None, inputs)
+    x = torch.from_numpy(inputs["x"])
+    assert_near(y, reference.forward(x, torch.from_numpy(weight), *LAYERS[0].arguments()).numpy())
+    assert (layers_made(fixed_library) - before)[2] == 0
+
+
+@pytest.mark.parametrize(("bounds", "residual"), FUSED)
+@pytest.mark.parametrize("offset", [0, 16])
+def test_fused_fixed_point(fixed_library, bounds, residual, offset):
+    model, inputs, expected = fused(bounds, residual)
+    before = compiled_calls(fixed_library)
+    placed_inputs = {name: placed(array, offset) for name, array in inputs.items()}
+    (y,) = native_session(model, fixed_library).run(None, placed_inputs)
+    scale = next(onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.name == "scale")
+    assert_near_in_fixed_point(y, expected, weights_of(model), np.abs(scale).max())
+    assert compiled_calls(fixed_library) - before == (FUSED_CASE.batch if offset == 0 else 0)
+
+
+def test_fixed_point_needs_instructions(models, tmp_path):
+    with pytest.raises(AnncvtError, match="faster than floats"):
+        onnx_native.build(models, tmp_path / "library.so", target="x86-64", fixed=True)
 
 
 def test_images_of_another_size_and_no_images(library):

@@ -14,7 +14,7 @@ from tiny import SIZE, tiny_program
 
 from anncvt.errors import AnncvtError
 from anncvt.passes.quantize import QuantizeConfig, quantize
-from anncvt.runtime import artifact, integer_network, onnx_native
+from anncvt.runtime import artifact, integer_network, onnx_native, processor
 from anncvt.runtime.onnx import export, export_integers, run, session
 from anncvt.runtime.onnx_session import VARIABLE
 
@@ -92,6 +92,30 @@ def test_registering_again_is_harmless(folder, images):
     del sessions[0]
     for each, result in zip(sessions, results[1:], strict=True):
         np.testing.assert_array_equal(run(each, images), result)
+
+
+def test_a_library_that_was_built_for_another_model(folder, images, caplog):
+    """It serves the model all the same, and says that it could do better."""
+    expected = run(session(folder / "model.onnx", library="none"), images)
+    onnx_native.build([], folder / onnx_native.LIBRARY, target="cpu")
+    opened = session(folder / "model.onnx")
+    assert opened.anncvt.native and opened.anncvt.loops == 1
+    assert "1 of 1 layers in its plain loops" in opened.anncvt.why and "compile DIR --for" in opened.anncvt.why
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    np.testing.assert_allclose(run(opened, images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif("avx2" not in (processor.features() or ()), reason="needs AVX2")
+def test_fixed_point_is_told(tmp_path):
+    program = adder_program(ZeroPadded(), 8)
+    path = export(program, tmp_path / "model.onnx", fuse=True)
+    images = np.random.default_rng(0).normal(size=(3, *SIZE)).astype(np.float32)
+    expected = run(session(path, library="none"), images)
+    onnx_native.build([path], tmp_path / onnx_native.LIBRARY, target="cpu", fixed=True)
+    opened = session(path)
+    assert opened.anncvt.native and opened.anncvt.loops == 0
+    assert "2 of 2 layers in 16-bit fixed point" in opened.anncvt.why
+    assert np.abs(run(opened, images) - expected).max() < 1e-3 * np.abs(expected).max()
 
 
 def test_no_library(folder):

@@ -43,7 +43,8 @@ _X86_64 = (
     Level(0, "x86-64", "llvm -mcpu=x86-64"),
     Level(1, "avx2", "avx2"),
     Level(2, "avx512", "avx512"),
-    Level(3, "avx512vnni", "llvm -mcpu=x86-64-v4 -mattr=+avx512vnni", floats=False),
+    # fast-dpwssd: else LLVM makes two instructions of what multiplies pairs and adds.
+    Level(3, "avx512vnni", "llvm -mcpu=x86-64-v4 -mattr=+avx512vnni,+fast-dpwssd", floats=False),
 )
 _OTHER = (Level(0, "cpu", "cpu"),)
 

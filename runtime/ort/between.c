@@ -50,6 +50,12 @@ typedef struct {
   uint8_t *y;
 } Pool;
 
+/* y = max(y, x) for `count` pixels, those of x `step` pixels apart. */
+static void larger(uint8_t *restrict y, const uint8_t *restrict x, int64_t count, int64_t step) {
+  for (int64_t j = 0; j < count; ++j, y += LANES, x += step * LANES)
+    for (int lane = 0; lane < LANES; ++lane) y[lane] = y[lane] > x[lane] ? y[lane] : x[lane];
+}
+
 /* A row of the result; padding never wins. */
 static void pool_row(void *data, size_t task) {
   const Pool *pool = data;
@@ -62,14 +68,12 @@ static void pool_row(void *data, size_t task) {
   for (int64_t r = 0; r < window->kernel[0]; ++r) {
     const int64_t line = row * window->strides[0] + r * window->dilations[0] - window->pads[0];
     if (line < 0 || line >= window->height) continue;
-    for (int64_t j = 0; j < width; ++j)
-      for (int64_t s = 0; s < window->kernel[1]; ++s) {
-        const int64_t column = j * window->strides[1] + s * window->dilations[1] - window->pads[1];
-        if (column < 0 || column >= window->width) continue;
-        const uint8_t *from = x + (line * window->width + column) * LANES;
-        for (int lane = 0; lane < LANES; ++lane)
-          y[j * LANES + lane] = y[j * LANES + lane] > from[lane] ? y[j * LANES + lane] : from[lane];
-      }
+    for (int64_t s = 0; s < window->kernel[1]; ++s) {
+      int64_t first, last;
+      inside(window, s, &first, &last);
+      const int64_t column = first * window->strides[1] + s * window->dilations[1] - window->pads[1];
+      larger(y + first * LANES, x + (line * window->width + column) * LANES, last - first, window->strides[1]);
+    }
   }
 }
 

@@ -27,29 +27,32 @@ static inline uint8_t finish_integer(const Epilogue *end, int64_t low, int64_t h
   return (uint8_t)(value < low ? low : value > high ? high : value);
 }
 
+/* The 16 channels of some pixels are finished one after the other, in contiguous loops, and put side by side at the end. */
 #define FUSE(name, type, sum_type, first_type, second_type, bound_type)                                               \
+  EVERY_LEVEL static void row_##name(type *restrict y, const Epilogue *end, const sum_type *restrict sums,            \
+                                     first_type first, second_type second, const type *restrict residual,             \
+                                     int64_t count) {                                                                 \
+    const Epilogue copy = *end;                                                                                       \
+    const bound_type low = (bound_type)copy.low, high = (bound_type)copy.high;                                        \
+    for (int64_t p = 0; p < count; ++p) y[p] = finish_##name(&copy, low, high, sums[p], first, second, residual[p]);  \
+  }                                                                                                                   \
   static void run_##name(void *data, size_t task) {                                                                   \
     const Job *job = data;                                                                                            \
-    const Epilogue end = *job->end;                                                                                   \
-    const bound_type low = (bound_type)end.low, high = (bound_type)end.high;                                          \
     const int64_t block = (int64_t)task / job->parts, from = (int64_t)task % job->parts * PIXELS;                     \
     const int64_t left = job->pixels - from, count = left < PIXELS ? left : PIXELS;                                   \
+    const int64_t rest = job->outputs - block * LANES, lanes = rest < LANES ? rest : LANES;                           \
     const int64_t base = (block * job->pixels + from) * LANES;                                                        \
-    type *y = (type *)job->y + base;                                                                                  \
-    for (int64_t lane = 0; lane < LANES; ++lane) {                                                                    \
+    const type *residual = job->residual ? (const type *)job->residual + base : NULL;                                 \
+    type *y = (type *)job->y + base, row[LANES][PIXELS] = {{0}}, other[PIXELS] = {0};                                 \
+    for (int64_t lane = 0; lane < lanes; ++lane) {                                                                    \
       const int64_t o = block * LANES + lane;                                                                         \
-      if (o >= job->outputs) {                                                                                        \
-        for (int64_t p = 0; p < count; ++p) y[p * LANES + lane] = 0;                                                  \
-        continue;                                                                                                     \
-      }                                                                                                               \
-      const sum_type *sums = (const sum_type *)job->sums + o * job->pixels + from;                                    \
-      const first_type first = ((const first_type *)job->first)[o];                                                   \
-      const second_type second = ((const second_type *)job->second)[o];                                               \
-      const type *residual = job->residual ? (const type *)job->residual + base + lane : NULL;                        \
-      for (int64_t p = 0; p < count; ++p)                                                                             \
-        y[p * LANES + lane] =                                                                                         \
-            finish_##name(&end, low, high, sums[p], first, second, residual ? residual[p * LANES] : 0);               \
+      if (residual)                                                                                                   \
+        for (int64_t p = 0; p < count; ++p) other[p] = residual[p * LANES + lane];                                    \
+      row_##name(row[lane], job->end, (const sum_type *)job->sums + o * job->pixels + from,                           \
+                 ((const first_type *)job->first)[o], ((const second_type *)job->second)[o], other, count);           \
     }                                                                                                                 \
+    for (int64_t p = 0; p < count; ++p)                                                                               \
+      for (int lane = 0; lane < LANES; ++lane) y[p * LANES + lane] = row[lane][p];                                    \
   }                                                                                                                   \
   OrtStatus *fuse_##name(const OrtKernelContext *context, const Layer *layer, const Epilogue *end, const void *sums,  \
                          const void *first, const void *second, const void *residual, void *y) {                      \

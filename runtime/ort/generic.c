@@ -5,15 +5,6 @@
 
 #include "layer.h"
 
-#if defined(__x86_64__) && defined(__has_attribute)
-#if __has_attribute(target_clones)
-#define EVERY_LEVEL __attribute__((target_clones("default", "avx2", "avx512f")))
-#endif
-#endif
-#ifndef EVERY_LEVEL
-#define EVERY_LEVEL
-#endif
-
 /* Pixels in registers, and tiles of them that meet all filters while they are in a core's cache. */
 enum { TILE = 4, TILES = 8 };
 /* Filters of a group from which on lanes of filters are better than rows of pixels. */
@@ -44,17 +35,6 @@ typedef int32_t Integers __attribute__((vector_size(32)));
 #define VECTOR Integers
 #define DISTANCE(vector) (((vector) ^ ((vector) >> 31)) - ((vector) >> 31))
 #include "dense.h"
-
-/* Output columns whose tap in kernel column `s` lies inside the image: from *first to before *last. */
-static void inside(const Layer *layer, int64_t s, int64_t *first, int64_t *last) {
-  const int64_t shift = layer->pads[1] - s * layer->dilations[1], step = layer->strides[1], width = out_width(layer);
-  const int64_t end = layer->width + shift;
-  *first = shift > 0 ? ceil_div(shift, step) : 0;
-  *last = end > 0 ? ceil_div(end, step) : 0;
-  if (*first > width) *first = width;
-  if (*last > width) *last = width;
-  if (*last < *first) *last = *first;
-}
 
 /* Few filters: one output row, `row` of filter `o`. A task is a filter's row. */
 #define ADDER(name, type, sum_type, distance)                                                                      \

@@ -6,6 +6,16 @@
 
 #include "ort_api.h"
 
+/* Loops that the compiler makes for several instruction sets, chosen from when the library is loaded. */
+#if defined(__x86_64__) && defined(__has_attribute)
+#if __has_attribute(target_clones)
+#define EVERY_LEVEL __attribute__((target_clones("default", "avx2", "avx512f")))
+#endif
+#endif
+#ifndef EVERY_LEVEL
+#define EVERY_LEVEL
+#endif
+
 enum { LANES = 16, ALIGNMENT = 64 };
 
 /* The operands of a layer. Blocked tensors are [N, ceil(C/16), H, W, 16], lanes beyond the last channel zero. */
@@ -67,6 +77,17 @@ static inline int64_t out_width(const Layer *layer) {
 static inline int64_t depth_of(const Layer *layer) { return layer->channels / layer->groups; }
 static inline int64_t taps_of(const Layer *layer) {
   return depth_of(layer) * layer->kernel[0] * layer->kernel[1];
+}
+
+/* Output columns whose tap in kernel column `s` lies inside the image: from *first to before *last. */
+static inline void inside(const Layer *layer, int64_t s, int64_t *first, int64_t *last) {
+  const int64_t shift = layer->pads[1] - s * layer->dilations[1], step = layer->strides[1], width = out_width(layer);
+  const int64_t end = layer->width + shift;
+  *first = shift > 0 ? ceil_div(shift, step) : 0;
+  *last = end > 0 ? ceil_div(end, step) : 0;
+  if (*first > width) *first = width;
+  if (*last > width) *last = width;
+  if (*last < *first) *last = *first;
 }
 
 /* memory.c: memory of the calling thread, aligned, kept for the next request; NULL where there is none. */

@@ -441,7 +441,8 @@ def compile_for_onnxruntime(
     """Build the native library that makes the folder's ONNX files fast in onnxruntime.
 
     It goes to ``libanncvt_ort.so`` in the folder, where :func:`anncvt.runtime.onnx.session` looks for it, unless
-    ``path`` says else.
+    ``path`` says else. Files under other names than ``export`` gives them are left out, with a note, if they are
+    damaged.
 
     Args:
         target, fixed: see :func:`anncvt.runtime.onnx_native.build`.
@@ -453,11 +454,13 @@ def compile_for_onnxruntime(
     from anncvt.runtime import onnx_native
 
     program = _opened(program, progress)
-    models = sorted(Path(program.folder).glob("*.onnx")) if program.folder else []
-    if not models:
+    found = sorted(Path(program.folder).glob("*.onnx")) if program.folder else []
+    if not found:
         raise AnncvtError("nothing was exported yet", where=program.folder, fix="run `anncvt export DIR` first")
+    models = [file for file in found if file.name in (ONNX, INTEGER_ONNX)]
+    others = [file for file in found if file not in models]
     library = _beside(program, path, onnx_native.LIBRARY)
-    return onnx_native.build(models, library, target=target, fixed=fixed, progress=progress)
+    return onnx_native.build(models, library, others=others, target=target, fixed=fixed, progress=progress)
 
 
 def check(

@@ -59,6 +59,7 @@ def build(
     models: Sequence[str | Path],
     path: str | Path,
     *,
+    others: Sequence[str | Path] = (),
     target: str | None = None,
     fixed: bool = False,
     progress: Progress = SILENT,
@@ -68,6 +69,7 @@ def build(
     Args:
         models: exported ONNX files; their layers get kernels of their own.
         path: the file to write (atomically).
+        others: more of them, which are left out if they cannot be read.
         target: None: every instruction set of x86-64, chosen from at run time; ``"cpu"``: those of this machine;
             ``"x86-64"``, ``"avx2"``, ``"avx512"`` or ``"avx512vnni"``: that one.
         fixed: compute the adders of floats in 16-bit fixed point where the weights of the session's model are constant
@@ -88,7 +90,7 @@ def build(
     except ImportError as error:
         raise AnncvtError("TVM is not installed", where=LIBRARY, fix="install it: pip install 'anncvt[tvm]'") from error
     compiler = _compiler()
-    layers = [layer for model in models for layer in layers_of(read(model))]
+    layers = [layer for model in _readable(models, others, progress) for layer in layers_of(model)]
     levels = ort_library.levels(target)
     wanted = ort_library.kernels(layers, levels, fixed=fixed)
     manifest = {
@@ -111,6 +113,17 @@ def build(
     return Path(path)
 
 
+def _readable(
+    models: Iterable[str | Path], others: Iterable[str | Path], progress: Progress
+) -> Iterator[onnx.ModelProto]:
+    yield from map(read, models)
+    for path in others:
+        try:
+            yield read(path)
+        except AnncvtError as error:
+            progress.note(f"left out: {error}")
+
+
 def read(path: str | Path) -> onnx.ModelProto:
     """The model in ``path`` with the shapes that follow from its input, without weights that lie beside it.
 
@@ -120,13 +133,14 @@ def read(path: str | Path) -> onnx.ModelProto:
     import onnx
     from google.protobuf.message import DecodeError
 
+    damaged = AnncvtError("not an ONNX model, or damaged", where=str(path), fix="write it with `anncvt export DIR`")
     try:
         model = onnx.load(path, load_external_data=False)
-    except (DecodeError, OSError) as error:
-        raise AnncvtError(
-            "not an ONNX model, or damaged", where=str(path), fix="write it with `anncvt export DIR`"
-        ) from error
-    return onnx.shape_inference.infer_shapes(model)
+        if not model.graph.node:  # an empty file is a valid model of nothing
+            raise damaged
+        return onnx.shape_inference.infer_shapes(model)
+    except (DecodeError, OSError, onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
+        raise damaged from error
 
 
 def layers_of(model: onnx.ModelProto) -> Iterator[Layer | IntegerLayer]:

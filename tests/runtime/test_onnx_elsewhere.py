@@ -25,8 +25,9 @@ ROOT = Path(__file__).parent.parent.parent
 BATCH = 3
 #: Models and the sizes of their images.
 MODELS = {"plain": SIZE, "fused": SIZE, "integers": (3, 8, 8)}
-#: A library without compiled kernels.
+#: A library without compiled kernels, and one in 16-bit fixed point.
 LOOPS = "loops.so"
+FIXED = "fixed.so"
 #: The oldest that the project supports, and the newest that there is.
 VERSIONS = ["onnxruntime==1.19.*", "onnxruntime"]
 
@@ -43,7 +44,10 @@ def folder(tmp_path_factory):
     integer_network.save(quantize(program, noise(16, MODELS["integers"])), folder)
     models.append(export_integers(program, folder / "integers.onnx", opset=18, fuse=True))
     # valgrind knows no AVX-512.
-    onnx_native.build(models, folder / onnx_native.LIBRARY, target="avx2" if "avx2" in cpu_flags() else "cpu")
+    target = "avx2" if "avx2" in cpu_flags() else "cpu"
+    onnx_native.build(models, folder / onnx_native.LIBRARY, target=target)
+    if target == "avx2":
+        onnx_native.build(models, folder / FIXED, target=target, fixed=True)
     onnx_native.build([], folder / LOOPS, target="cpu")
     for path in models:
         images = np.random.default_rng(0).normal(size=(BATCH, *MODELS[path.stem])).astype(np.float32)
@@ -72,10 +76,10 @@ def command(program, folder, model, threads, library=onnx_native.LIBRARY):
     return list(map(str, [program, shared, folder / library, folder / f"{model}.onnx", *numbers, *files]))
 
 
-def assert_logits(folder, model):
+def assert_logits(folder, model, precision=1e-4):
     expected = np.load(folder / f"{model}.npz")["logits"]
     actual = np.fromfile(folder / "out.bin", np.float32).reshape(expected.shape)
-    tolerance = 0 if model == "integers" else 1e-4 * np.abs(expected).max()
+    tolerance = 0 if model == "integers" else precision * np.abs(expected).max()
     assert np.abs(actual - expected).max() <= tolerance
 
 
@@ -89,9 +93,11 @@ def test_from_cpp(program, folder, model, threads):
 
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="needs valgrind")
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("library", [onnx_native.LIBRARY, LOOPS])
+@pytest.mark.parametrize("library", [onnx_native.LIBRARY, LOOPS, FIXED])
 def test_under_valgrind(program, folder, model, library):
     """No wrong access and no leak that the library has a part in (onnxruntime's own are not ours to judge)."""
+    if not (folder / library).exists():
+        pytest.skip("fixed point needs AVX2")
     options = ["--leak-check=full", "--show-leak-kinds=definite,indirect,possible", "--num-callers=40"]
     done = subprocess.run(
         ["valgrind", *options, *command(program, folder, model, 2, library)],
@@ -100,7 +106,7 @@ def test_under_valgrind(program, folder, model, library):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert_logits(folder, model)
+    assert_logits(folder, model, 1e-3 if library == FIXED else 1e-4)
     assert "ERROR SUMMARY" in done.stderr
     assert not re.findall(rf"(?:at|by) 0x\w+: .*{re.escape(library)}.*", done.stderr)
 

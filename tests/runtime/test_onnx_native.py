@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native import attributes, compiled_calls, layers_made, native_session, node_model, to_blocks
 from parity import Case, cases
+from recorder import Recorder
 
 from anncvt.errors import AnncvtError
 from anncvt.runtime import integer, onnx_native, reference
@@ -520,6 +521,16 @@ def test_without_a_compiler(monkeypatch, tmp_path):
 def test_unknown_targets_and_models(tmp_path):
     with pytest.raises(AnncvtError, match="unknown target 'sse9'"):
         onnx_native.build([], tmp_path / "library.so", target="sse9")
-    (tmp_path / "model.onnx").write_text("<html>")
-    with pytest.raises(AnncvtError, match="not an ONNX model"):
-        onnx_native.build([tmp_path / "model.onnx"], tmp_path / "library.so")
+    for content in ("<html>", ""):
+        (tmp_path / "model.onnx").write_text(content)
+        with pytest.raises(AnncvtError, match="not an ONNX model"):
+            onnx_native.build([tmp_path / "model.onnx"], tmp_path / "library.so")
+
+
+def test_other_files_are_left_out_if_they_are_damaged(models, tmp_path):
+    notes = Recorder()
+    (tmp_path / "copy.onnx").write_bytes(models[0].read_bytes()[:-5])
+    path = tmp_path / "library.so"
+    onnx_native.build(models[:1], path, others=[tmp_path / "copy.onnx"], target="cpu", progress=notes)
+    assert len(notes.notes) == 1 and "copy.onnx" in notes.notes[0]
+    assert path.exists()

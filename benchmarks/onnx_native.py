@@ -14,6 +14,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import anncvt  # noqa: F401  (before torch: it sets the environment of the thread pools)
@@ -51,11 +52,11 @@ def main() -> None:
 def layers(folder: Path, repeats: int) -> None:
     functions = definitions(folder)
     paths = [write(folder, index, layer, functions) for index, layer in enumerate(RESNET20)]
-    library = onnx_native.build(paths, folder / onnx_native.LIBRARY, target="cpu")
-    table = Table("definition", "native", repeats)
-    for layer, path in zip(RESNET20, paths, strict=True):
-        table.add(layer, session(path, threads=1, library="none"), session(path, threads=1, library=library))
-    table.total()
+
+    def sessions(layer: Layer, path: Path, library: Path) -> tuple[InferenceSession, InferenceSession]:
+        return session(path, threads=1, library="none"), session(path, threads=1, library=library)
+
+    compare(RESNET20, paths, sessions, Table("definition", "native", repeats))
 
 
 def memory(folder: Path, repeats: int) -> None:
@@ -88,14 +89,26 @@ print(read("VmHWM") - before)
 def integers(folder: Path, repeats: int) -> None:
     """The adder ends with int32 sums in plain layout, QLinearConv with requantised bytes."""
     paths = [write(folder, index, layer, [], integer=True) for index, layer in enumerate(RESNET50)]
-    library = onnx_native.build(paths, folder / onnx_native.LIBRARY, target="cpu")
-    table = Table("native", "QLinearConv", repeats)
-    for layer, path in zip(RESNET50, paths, strict=True):
+
+    def sessions(layer: Layer, path: Path, library: Path) -> tuple[InferenceSession, InferenceSession]:
         shape = (layer.outputs, layer.channels, layer.kernel, layer.kernel)
         weight = np.random.default_rng(0).integers(-127, 128, shape).astype(np.int8)
-        peer = folder / "peer.onnx"
+        peer = path.with_suffix(".peer.onnx")
         onnx.save(qlinear_convolution(layer, weight), peer)
-        table.add(layer, open_session(path, 1, library), open_session(peer, 1))
+        return open_session(path, 1, library), open_session(peer, 1)
+
+    compare(RESNET50, paths, sessions, Table("native", "QLinearConv", repeats))
+
+
+#: Opens the two models that a layer's row compares: of a layer, its file and the library.
+Sessions = Callable[[Layer, Path, Path], tuple[InferenceSession, InferenceSession]]
+
+
+def compare(layers: Sequence[Layer], paths: Sequence[Path], sessions: Sessions, table: Table) -> None:
+    """The rows of ``table``, one for each layer and its file; a library is built for all of them."""
+    library = onnx_native.build(paths, paths[0].parent / onnx_native.LIBRARY, target="cpu")
+    for layer, path in zip(layers, paths, strict=True):
+        table.add(layer, *sessions(layer, path, library))
     table.total()
 
 

@@ -185,7 +185,7 @@ def _onnxruntime(
 ) -> dict[str, bool]:
     """Every value of the graph, and the logits of the file as it is, where runtimes may fuse what they like.
 
-    A fused adder has no accumulators to compare.
+    A fused layer has no accumulators to compare.
     """
     if path is None:
         raise Unavailable("not exported: run `anncvt export DIR --int8`")

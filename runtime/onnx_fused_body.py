@@ -33,6 +33,11 @@ Lanes beyond the last channel are zero in x and in y."""
 _INTEGER_RESIDUAL_DOC = _INTEGER_DOC.replace("+ bias +", "+ bias + residual * residual_multiplier +").replace(
     "y: [", "residual and y: ["
 )
+_CONVOLUTION_DOC = """y = clip((sums * multiplier + bias + 2**(shift-1)) >> shift, low, high)
+
+sums: ConvInteger of x with the zero point pad_value, which padding has, and w with the zero point 128.
+x: [N, C, H, W] uint8; w: [O, C/group, kh, kw] uint8; multiplier: [O] int32; bias: [O] int64;
+y: [N, ceil(O/16), H', W', 16] uint8, lanes beyond the last channel zero. As in FusedAdderInteger2d."""
 _REQUANTISE_DOC = """y = clip((x * multiplier + bias + 2**(shift-1)) >> shift, low, high)
 
 x: [N, C, H, W] int32; multiplier: [C] int32; bias: [C] int64; y: [N, ceil(C/16), H, W, 16] uint8, lanes beyond
@@ -57,7 +62,7 @@ def functions(opset: int) -> list[onnx.FunctionProto]:
 
 
 def integer_functions(opset: int) -> list[onnx.FunctionProto]:
-    """The same on uint8, all names with ``Integer``, and ``RequantiseInteger`` and ``MaxPoolInteger``."""
+    """The same on uint8, with ``Integer`` in their names, and what else of a network of integers is blocked."""
     window = "strides, pads, dilations, group: int = 1, pad_value: int = 0, shift, low, high"
     texts = {
         **_layouts("Integer"),
@@ -68,6 +73,10 @@ def integer_functions(opset: int) -> list[onnx.FunctionProto]:
         f"Fused{INTEGER_OP_TYPE}Residual <{window}, residual_multiplier> (x, w, multiplier, bias, residual) => (y)": (
             _fused_integer(residual=True),
             _INTEGER_RESIDUAL_DOC,
+        ),
+        f"FusedConvInteger2d <{window}> (x, w, multiplier, bias) => (y)": (
+            _CONVOLUTION + _PER_CHANNEL + _requantised("sums", residual=False),
+            _CONVOLUTION_DOC,
         ),
         "RequantiseInteger <shift, low, high> (x, multiplier, bias) => (y)": (
             _PER_CHANNEL + _requantised("x", residual=False),
@@ -109,6 +118,13 @@ _CHANNELS = """
   channels = Reshape (channel_count, one)
 """
 _PER_CHANNEL = "  per_channel = Constant <value: tensor = int64[4] {1, -1, 1, 1}> ()\n"
+_CONVOLUTION = """
+  pad_integer = Constant <value_int: int = @pad_value> ()
+  x_zero = Cast <to: int = 2> (pad_integer)
+  w_zero = Constant <value: tensor = uint8 {128}> ()
+  sums = ConvInteger <strides: ints = @strides, pads: ints = @pads, dilations: ints = @dilations, group: int = @group>
+                     (x, w, x_zero, w_zero)
+"""
 _MAX_POOL = """
   planes = Transpose <perm: ints = [0, 1, 4, 2, 3]> (x)
   batch = Shape <start: int = 0, end: int = 1> (x)

@@ -84,6 +84,8 @@ def integer_model(
             graph.shaped(integers_of(step.name), TensorProto.UINT8, step.shape)
         elif fuse and step.op == "adder" and _ends_in_bytes(step.epilogue):
             _fused(graph, step, step.epilogue)
+        elif fuse and _reads_the_image(step) and _ends_in_bytes(step.epilogue):
+            _fused_convolution(graph, step, step.epilogue)
         else:
             _ACCUMULATING[step.op](graph, step, [graph.plain(name) for name in step.inputs])
             graph.shaped(accumulator_of(step.name), TensorProto.INT32, step.shape)
@@ -265,6 +267,23 @@ def _fused(graph: _Graph, step: Step, epilogue: Epilogue) -> None:
     graph.layouts[step.name] = {blocked_of(step.name) if len(parts) == 1 else integers_of(step.name)}
 
 
+def _reads_the_image(step: Step) -> bool:
+    """Whether a step is a convolution of few channels in plain layout, for which the native library has kernels."""
+    return step.op == "convolution" and step.inputs[0] == INPUT and step.window.groups == 1 and step.residual is None
+
+
+def _fused_convolution(graph: _Graph, step: Step, epilogue: Epilogue) -> None:
+    """A convolution with its epilogue as one node, from plain to blocked integers."""
+    values = {"weight": _weight(step), "multiplier": epilogue.multiplier, "bias": epilogue.bias}
+    inputs = [graph.constant(f"{step.name}/{name}", value) for name, value in values.items()]
+    settings = {**_window(step), "pad_value": step.pad_values[0]}
+    settings |= {"shift": epilogue.shift, "low": epilogue.low, "high": epilogue.high}
+    output = blocked_of(step.name)
+    graph.node("FusedConvInteger2d", [graph.plain(INPUT), *inputs], output, DOMAIN, step.name, **settings)
+    graph.shaped(output, TensorProto.UINT8, blocked_shape(step.shape))
+    graph.layouts[step.name] = {output}
+
+
 def _residual(graph: _Graph, name: str, part: _Part) -> str:
     """The channels that a part's filters add to, blocked."""
     if part.alone:
@@ -314,15 +333,19 @@ def _join(graph: _Graph, step: Step, values: list[str], output: str) -> None:
 
 
 def _convolution(graph: _Graph, step: Step, inputs: Sequence[str]) -> None:
-    assert step.weight is not None
-    weight = (step.weight.astype(np.int16) + WEIGHT_ZERO).astype(np.uint8)
     operands = [
         *inputs,
-        graph.constant(f"{step.name}/weight", weight),
+        graph.constant(f"{step.name}/weight", _weight(step)),
         graph.constant(f"{step.name}/zero", np.uint8(step.pad_values[0])),
         graph.constant(f"{step.name}/weight_zero", np.uint8(WEIGHT_ZERO)),
     ]
     graph.node("ConvInteger", operands, accumulator_of(step.name), name=step.name, **_window(step))
+
+
+def _weight(step: Step) -> Array:
+    """Of a convolution, uint8 with the zero point :data:`WEIGHT_ZERO`."""
+    assert step.weight is not None
+    return (step.weight.astype(np.int16) + WEIGHT_ZERO).astype(np.uint8)
 
 
 def _sum_pool(graph: _Graph, step: Step, inputs: Sequence[str]) -> None:

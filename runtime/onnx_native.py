@@ -40,6 +40,7 @@ OPS = {
     "Unblock": "float32",
     "FusedAdderInteger2d": "uint8",
     "FusedAdderInteger2dResidual": "uint8",
+    "FusedConvInteger2d": "uint8",
     "BlockInteger": "uint8",
     "UnblockInteger": "uint8",
     "RequantiseInteger": "int32",
@@ -144,23 +145,26 @@ def read(path: str | Path) -> onnx.ModelProto:
 
 
 def layers_of(model: onnx.ModelProto) -> Iterator[Layer | IntegerLayer]:
-    """The adder layers of ``model`` whose input size is known, as kernels for one image."""
+    """The layers of ``model`` in the library's ops whose input size is known, as kernels for one image."""
     shapes = _shapes(model)
     for node in model.graph.node:
-        if node.domain != DOMAIN or not node.op_type.startswith(("Adder", "FusedAdder")):
+        if node.domain != DOMAIN or not node.op_type.startswith(("Adder", "FusedAdder", "FusedConv")):
             continue
         x, weight = (shapes.get(name, ()) for name in node.input[:2])
-        fused = node.op_type.startswith("Fused")
-        if len(x) == (5 if fused else 4) and len(weight) == 4 and min(*x[1:], *weight) > 0:
-            yield _layer(node, x[2:4], weight, fused)
+        adder = "Adder" in node.op_type
+        blocked = adder and node.op_type.startswith("Fused")
+        known = len(x) == (5 if blocked else 4) and len(weight) == 4 and min(*x[1:], *weight) > 0
+        if known and (adder or _attributes(node).get("group", 1) == 1):
+            yield _layer(node, x[2:4], weight)
 
 
-def _layer(node: onnx.NodeProto, size: Sequence[int], weight: Sequence[int], fused: bool) -> Layer | IntegerLayer:
+def _layer(node: onnx.NodeProto, size: Sequence[int], weight: Sequence[int]) -> Layer | IntegerLayer:
     attributes = _attributes(node)
     groups = attributes.get("group", 1)
     out, depth, *kernel = weight
     channels = depth * groups
-    plain = channels < LANES and groups == 1 and not fused
+    fused, adder = node.op_type.startswith("Fused"), "Adder" in node.op_type
+    plain = not adder or (channels < LANES and groups == 1 and not fused)
     arguments: dict[str, Any] = {
         "in_channels": channels,
         "size": (size[0], size[1]),
@@ -174,7 +178,9 @@ def _layer(node: onnx.NodeProto, size: Sequence[int], weight: Sequence[int], fus
     }
     residual = node.op_type.endswith("Residual")
     if "Integer" in node.op_type:
-        return IntegerLayer("adder", **arguments, result="uint8" if fused else "int32", residual=residual)
+        return IntegerLayer(
+            "adder" if adder else "conv", **arguments, result="uint8" if fused else "int32", residual=residual
+        )
     activation = ("clamp", attributes["low"], attributes["high"]) if fused else ()
     return Layer("max", 1, **arguments, activation=activation, residual=residual)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tvm
 from tvm import tirx
 
@@ -177,7 +178,8 @@ def _row(kernel: Kernel) -> str:
     deployment = Deployment.parse(kernel.level.target)
     layer = kernel.layer
     if isinstance(layer, IntegerLayer):
-        head = f"INTEGER_ADDER, {kernel.level.number}, {_geometry(layer)}, {int(layer.blocked)}, 0, 0"
+        kind = "CONVOLUTION" if layer.mode == "conv" else "ADDER"
+        head = f"INTEGER_{kind}, {kernel.level.number}, {_geometry(layer)}, {int(layer.blocked)}, 0, 0"
         end = f"{{{int(layer.result == 'uint8')}, {int(layer.residual)}, 0, 0, 0, 0}}"
         return f"{head}, {end}, {_panels(kernel.name, Plan.of(layer, deployment))}"
     kind, layer = ("FIXED" if layer.mode == "fixed" else "FLOAT"), _float_layer(layer, deployment)
@@ -211,5 +213,7 @@ def _panels(name: str, plan: Plan) -> str:
     form, cut, cells = plan.form, plan.cut, cells_of(plan.layer, plan.form)
     together = form.together or form.group
     panels = -(-plan.layer.filters // (cut.vectors * form.lanes))
-    numbers = [panels, cut.vectors, form.lanes, form.group, together, cells.number, cells.size, int(form.maxima)]
-    return f"{{{', '.join(map(str, numbers))}, order_{name}}}"
+    size = np.dtype(form.weight).itemsize
+    numbers = [panels, cut.vectors, form.lanes, form.group, together, cells.number, cells.size, cells.columns, size]
+    flags = [int(form.maxima), int(form.source != "uint8")]
+    return f"{{{', '.join(map(str, numbers + flags))}, order_{name}}}"

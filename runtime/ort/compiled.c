@@ -56,7 +56,7 @@ const Compiled *find_compiled(int kind, const Layer *layer, const Epilogue *epil
     if (kernel->kind != kind || kernel->epilogue.fused != epilogue->fused ||
         kernel->epilogue.residual != epilogue->residual)
       continue;
-    if (kind != INTEGER_ADDER && (kernel->epilogue.low != epilogue->low || kernel->epilogue.high != epilogue->high))
+    if (!of_bytes(kind) && (kernel->epilogue.low != epilogue->low || kernel->epilogue.high != epilogue->high))
       continue;
     if (!same_layer(&kernel->layer, layer, !like)) continue;
     if (like ? kernel->level != like->level : !supported(kernel->level)) continue;
@@ -93,7 +93,7 @@ OrtStatus *call_compiled(const OrtKernelContext *context, const Compiled *kernel
   const Packing places = packing(kernel);
   const int64_t outputs = blocks(layer->outputs), height = out_height(layer), width = out_width(layer);
   const int fused = kernel->epilogue.fused;
-  const int integer = kernel->kind == INTEGER_ADDER, code = integer ? CODE_UINT : CODE_FLOAT, bits = integer ? 8 : 32;
+  const int integer = of_bytes(kernel->kind), code = integer ? CODE_UINT : CODE_FLOAT, bits = integer ? 8 : 32;
   Call call;
   call.count = 0;
   if (kernel->blocked)
@@ -114,8 +114,8 @@ OrtStatus *call_compiled(const OrtKernelContext *context, const Compiled *kernel
   } else {
     const Panels *panels = &kernel->panels;
     const int64_t all = layer->groups * panels->panels, lanes = panels->vectors * panels->lanes;
-    ADD(constants + places.weight, code, bits, all, panels->cells, layer->kernel[0], layer->kernel[1],
-        panels->cell / panels->group, lanes * panels->group);
+    ADD(constants + places.weight, kernel->kind == INTEGER_ADDER ? CODE_UINT : CODE_INT, 8 * panels->bytes, all,
+        panels->cells, layer->kernel[0], panels->columns, panels->cell / panels->group, lanes * panels->group);
     ADD(constants + places.first, CODE_INT, 32, all * lanes);
     if (fused) ADD(constants + places.second, CODE_INT, 64, all * lanes);
     ADD(constants + places.third, CODE_INT, 32, 5);

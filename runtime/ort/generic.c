@@ -76,6 +76,35 @@ static inline int32_t absolute(int32_t value) { return value < 0 ? -value : valu
 ADDER(float, float, float, fabsf)
 ADDER(bytes, uint8_t, int32_t, absolute)
 
+/* An output row of a convolution; what is padded counts as nothing. A task is a filter's row. */
+static void row_convolution(void *data, size_t task) {
+  const Job *job = data;
+  const Layer *layer = job->layer;
+  const int64_t height = out_height(layer), width = out_width(layer), depth = depth_of(layer);
+  const int64_t o = task / height, row = task % height, group = o / (layer->outputs / layer->groups);
+  const uint8_t *weight = (const uint8_t *)job->weight + o * taps_of(layer);
+  int32_t *y = (int32_t *)job->y + (o * height + row) * width;
+  memset(y, 0, width * sizeof *y);
+  for (int64_t c = 0; c < depth; ++c)
+    for (int64_t r = 0; r < layer->kernel[0]; ++r)
+      for (int64_t s = 0; s < layer->kernel[1]; ++s) {
+        const int32_t w = *weight++ - WEIGHT_ZERO;
+        const int64_t line = row * layer->strides[0] + r * layer->dilations[0] - layer->pads[0];
+        if (line < 0 || line >= layer->height) continue;
+        int64_t first, last;
+        inside(layer, s, &first, &last);
+        const int64_t step = layer->strides[1], column = first * step + s * layer->dilations[1] - layer->pads[1];
+        const uint8_t *x = (const uint8_t *)job->x + ((group * depth + c) * layer->height + line) * layer->width + column;
+        for (int64_t j = first; j < last; ++j, x += step) y[j] += (*x - job->pad_value) * w;
+      }
+}
+
+OrtStatus *convolve(const OrtKernelContext *context, const Layer *layer, const uint8_t *x, const uint8_t *weight,
+                    uint8_t zero, int32_t *y) {
+  Job job = {layer, x, weight, y, zero, NULL, 0};
+  return parallel(context, layer->outputs * out_height(layer), row_convolution, &job);
+}
+
 OrtStatus *adder_float(const OrtKernelContext *context, const Layer *layer, const float *x, const float *weight, float *y) {
   Job job = {layer, x, weight, y, 0, NULL, 0};
   if (layer->outputs / layer->groups >= MANY) return dense_floats(context, &job);

@@ -25,8 +25,11 @@ typedef struct {
   int64_t strides[2], pads[4], dilations[2], groups;
 } Layer;
 
-/* FIXED_ADDER: floats in and out, 16-bit fixed point inside. An integer adder ends with int32 sums, fused with bytes. */
-enum { FLOAT_ADDER, FIXED_ADDER, INTEGER_ADDER };
+/* FIXED_ADDER: floats in and out, 16-bit fixed point inside. An integer adder ends with int32 sums, fused with bytes; a
+   convolution is always fused, and its x plain. */
+enum { FLOAT_ADDER, FIXED_ADDER, INTEGER_ADDER, INTEGER_CONVOLUTION };
+enum { WEIGHT_ZERO = 128 }; /* of a convolution's weights */
+static inline int of_bytes(int kind) { return kind == INTEGER_ADDER || kind == INTEGER_CONVOLUTION; }
 enum { FIXED_NUMBERS = 6 }; /* fixed_point.RANGE */
 
 /* Weights of an integer kernel: [panels, cells, kh, kw, steps, vectors, group/together, lanes, together]. */
@@ -35,7 +38,10 @@ typedef struct {
   int vectors, lanes;    /* a panel is vectors * lanes outputs */
   int group, together;   /* channels of one step; of those, side by side */
   int cells, cell;       /* cells of one group's channels, channels of a cell */
+  int columns;           /* of the window, beside the cells; 1 where those span all columns of it */
+  int bytes;             /* of a weight */
   int maxima;            /* the kernel sums max(x, w): base holds the sum of the weights */
+  int centred;           /* the kernel subtracts the zero point from x */
   const int16_t *order;  /* output of each lane of a panel */
 } Panels;
 
@@ -110,8 +116,8 @@ void pack_float(const Compiled *kernel, const float *weight, const float *scale,
 /* fixed.c: whether the weights of a layer lose nothing in fixed point; packing them. */
 int suits_fixed(const Layer *layer, const float *weight);
 void pack_fixed(const Compiled *kernel, const float *weight, const float *scale, const float *shift, char *memory);
-/* multiplier and bias: of a fused layer, else NULL. */
-void pack_integer(const Compiled *kernel, const uint8_t *weight, uint8_t pad_value, const int32_t *multiplier,
+/* multiplier and bias: of a fused layer, else NULL. zero: what is padded, of a convolution what counts as nothing. */
+void pack_integer(const Compiled *kernel, const uint8_t *weight, uint8_t zero, const int32_t *multiplier,
                   const int64_t *bias, const Epilogue *end, char *memory);
 
 /* compiled.c: the best compiled kernel for a layer of any size on this processor, or the one for its size whose
@@ -126,6 +132,8 @@ OrtStatus *call_compiled(const OrtKernelContext *context, const Compiled *kernel
 OrtStatus *adder_float(const OrtKernelContext *context, const Layer *layer, const float *x, const float *weight, float *y);
 OrtStatus *adder_integer(const OrtKernelContext *context, const Layer *layer, const uint8_t *x, const uint8_t *weight,
                          uint8_t pad_value, int32_t *y);
+OrtStatus *convolve(const OrtKernelContext *context, const Layer *layer, const uint8_t *x, const uint8_t *weight,
+                    uint8_t zero, int32_t *y);
 
 /* fuse.c: the end of a fused layer of one image in plain loops, from plain sums to blocked y; residual: blocked or NULL.
    first and second: scale and shift, or multiplier and bias. */

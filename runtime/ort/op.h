@@ -4,7 +4,7 @@
 
 #include "layer.h"
 
-enum { ADDER, BLOCK, UNBLOCK, REQUANTISE, MAX_POOL }; /* what an op does */
+enum { ADDER, CONVOLUTION, BLOCK, UNBLOCK, REQUANTISE, MAX_POOL }; /* what an op does */
 enum { MOST_RANK = 5 };
 
 typedef struct {
@@ -15,6 +15,8 @@ typedef struct {
 } Op;
 
 static inline int of_integers(const Op *op) { return op->type != TYPE_FLOAT; }
+static inline int has_weights(const Op *op) { return op->op == ADDER || op->op == CONVOLUTION; }
+static inline int takes_blocks(const Op *op) { return op->rank == MOST_RANK; } /* else x is plain */
 
 typedef struct {
   const Op *op;

@@ -145,11 +145,15 @@ static OrtStatus *check_lanes(const Kernel *kernel, const Input *scale, const In
   return NULL;
 }
 
-static int kind_of(const Kernel *kernel) { return of_integers(kernel->op) ? INTEGER_ADDER : FLOAT_ADDER; }
+static int kind_of(const Kernel *kernel) {
+  if (kernel->op->op == CONVOLUTION) return INTEGER_CONVOLUTION;
+  return of_integers(kernel->op) ? INTEGER_ADDER : FLOAT_ADDER;
+}
 
-/* Depthwise layers of integers are left to plain loops. */
+/* Depthwise layers of integers and convolutions in groups are left to plain loops. */
 static int left_to_loops(const Kernel *kernel) {
   const Layer *layer = &kernel->layer;
+  if (kernel->op->op == CONVOLUTION) return layer->groups > 1;
   return of_integers(kernel->op) && layer->groups > 1 && layer->groups == layer->channels &&
          layer->groups == layer->outputs;
 }
@@ -172,8 +176,9 @@ static int narrow(const Kernel *kernel, const Layer *layer, const Input *inputs)
     multiplier = fmax(multiplier, fabs((double)((const int32_t *)inputs[2].data)[o]));
     bias = fmax(bias, fabs((double)((const int64_t *)inputs[3].data)[o]));
   }
-  /* Kernels that sum up maxima have twice the sums on the way. */
-  const double total = 2 * 255 * multiplier * taps_of(layer) + bias + 255 * fabs((double)end->share);
+  /* Kernels that sum up maxima have twice the sums on the way, those that subtract no zero point of a convolution, too. */
+  const double weight = kernel->op->op == CONVOLUTION ? WEIGHT_ZERO : 1;
+  const double total = 2 * 255 * weight * multiplier * taps_of(layer) + bias + 255 * fabs((double)end->share);
   return ldexp(total, -end->bits) + 1 < INT32_MAX - 1;
 }
 
@@ -220,7 +225,7 @@ OrtStatus *create(const OrtCustomOp *callbacks, OrtApi *api, const OrtKernelInfo
   if (!kernel) return no_memory();
   kernel->op = (const Op *)callbacks;
   OrtStatus *status = read_attributes(info, kernel);
-  if (!status && kernel->op->op == ADDER) status = prepare(info, kernel);
+  if (!status && has_weights(kernel->op)) status = prepare(info, kernel);
   if (status)
     destroy(kernel);
   else
@@ -246,7 +251,7 @@ static void finish(Scratch *scratch) {
   while (scratch->count) release(scratch->pieces[--scratch->count]);
 }
 
-/* A call of an adder for one image; x, residual and y are blocked where the op says so. */
+/* A call of an adder or a convolution for one image; x, residual and y are blocked where the op says so. */
 typedef struct {
   const OrtKernelContext *context;
   const Kernel *kernel;
@@ -274,10 +279,12 @@ static OrtStatus *compute_image(const Call *call, const char *x, const char *res
     return unblock(context, call->out, y, layer->outputs, call->out_pixels, 4);
   }
   const int integers = of_integers(kernel->op), fused = kernel->epilogue.fused;
-  const void *plain = fused ? call->in : x, *weight = call->inputs[1].data;
+  const void *plain = takes_blocks(kernel->op) ? call->in : x, *weight = call->inputs[1].data;
   void *sums = fused ? call->out : y;
-  if (fused) TRY(unblock(context, x, call->in, layer->channels, call->in_pixels, call->bytes));
-  if (integers)
+  if (takes_blocks(kernel->op)) TRY(unblock(context, x, call->in, layer->channels, call->in_pixels, call->bytes));
+  if (kernel->op->op == CONVOLUTION)
+    TRY(convolve(context, layer, plain, weight, kernel->pad_value, sums));
+  else if (integers)
     TRY(adder_integer(context, layer, plain, weight, kernel->pad_value, sums));
   else
     TRY(adder_float(context, layer, plain, weight, sums));
@@ -310,6 +317,7 @@ static OrtStatus *memory_for(Call *call, Scratch *scratch, int aligned) {
   if (fused == compiled) return NULL; /* each layout is the one that is needed */
   int64_t in = blocks(layer->channels) * LANES * call->in_pixels, out = blocks(layer->outputs) * LANES * call->out_pixels;
   if (compiled && !call->compiled->blocked) in = aligned ? 0 : layer->channels * call->in_pixels;
+  if (fused && !takes_blocks(call->kernel->op)) in = 0;
   if (in && !(call->in = take(scratch, in * call->bytes))) return no_memory();
   if (!(call->out = take(scratch, out * 4))) return no_memory();
   return NULL;
@@ -321,10 +329,12 @@ static OrtStatus *check_inputs(const Kernel *kernel, const Input *inputs, Layer 
   TRY(take_weight(&inputs[1], layer));
   layer->height = x->dimensions[2];
   layer->width = x->dimensions[3];
-  const int64_t channels = kernel->epilogue.fused ? blocks(layer->channels) : layer->channels;
-  if (x->dimensions[1] != channels || (kernel->epilogue.fused && x->dimensions[4] != LANES))
+  const int64_t channels = takes_blocks(kernel->op) ? blocks(layer->channels) : layer->channels;
+  if (x->dimensions[1] != channels || (takes_blocks(kernel->op) && x->dimensions[4] != LANES))
     return refuse("ai.anncvt: x does not have the channels that the weights expect");
   TRY(check_size(layer));
+  if (kernel->op->op == CONVOLUTION && taps_of(layer) > 1 << 16)
+    return refuse("ai.anncvt: a filter of a convolution has more than 2^16 taps");
   if (!kernel->epilogue.fused) return NULL;
   TRY(check_lanes(kernel, &inputs[2], &inputs[3]));
   if (!kernel->epilogue.residual) return NULL;
@@ -353,7 +363,8 @@ static OrtStatus *run_adder(Call *call, OrtKernelContext *context, Scratch *scra
   call->out_pixels = height * width;
   call->bytes = of_integers(kernel->op) ? 1 : 4;
   TRY(choose(call, scratch));
-  const int64_t in_step = (fused ? blocks(layer->channels) * LANES : layer->channels) * call->in_pixels * call->bytes;
+  const int64_t channels = takes_blocks(kernel->op) ? blocks(layer->channels) * LANES : layer->channels;
+  const int64_t in_step = channels * call->in_pixels * call->bytes;
   const int64_t out_bytes = kernel->op->result == TYPE_UINT8 ? 1 : 4;
   const int64_t out_step = (fused ? blocks(layer->outputs) * LANES : layer->outputs) * call->out_pixels * out_bytes;
   const char *x = inputs[0].data, *residual = kernel->epilogue.residual ? inputs[4].data : NULL;
@@ -375,7 +386,7 @@ OrtStatus *compute(void *memory, OrtKernelContext *context) {
     TRY(KernelContext_GetInput(context, i, &value));
     TRY(describe(value, &inputs[i]));
   }
-  if (kernel->op->op != ADDER) return compute_between(kernel, context, inputs);
+  if (!has_weights(kernel->op)) return compute_between(kernel, context, inputs);
   Scratch scratch = {{NULL}, 0};
   Call call;
   memset(&call, 0, sizeof call);

@@ -7,6 +7,7 @@
    FusedAdder2dResidual(x, w, scale, shift, residual)  the same with a blocked residual added before the clip
    BlockInteger, UnblockInteger, FusedAdderInteger2d(x, w, multiplier, bias), FusedAdderInteger2dResidual(..., residual)
                                                      the same of uint8, requantised in int64
+   FusedConvInteger2d(x, w, multiplier, bias)        uint8 [N, C, H, W] -> blocked uint8, requantised convolution
    RequantiseInteger(sums, multiplier, bias)         int32 [N, C, H, W] -> blocked uint8, as the fused adder's sums
    MaxPoolInteger(x)                                 uint8, blocked
 
@@ -46,6 +47,7 @@ static const Op ops[] = {
     OP(ADDER, 1, 1, "FusedAdder2dResidual", 5, 5, TYPE_FLOAT, TYPE_FLOAT),
     OP(ADDER, 1, 0, "FusedAdderInteger2d", 4, 5, TYPE_UINT8, TYPE_UINT8),
     OP(ADDER, 1, 1, "FusedAdderInteger2dResidual", 5, 5, TYPE_UINT8, TYPE_UINT8),
+    OP(CONVOLUTION, 1, 0, "FusedConvInteger2d", 4, 4, TYPE_UINT8, TYPE_UINT8),
     OP(BLOCK, 0, 0, "Block", 1, 4, TYPE_FLOAT, TYPE_FLOAT),
     OP(BLOCK, 0, 0, "BlockInteger", 1, 4, TYPE_UINT8, TYPE_UINT8),
     OP(UNBLOCK, 0, 0, "Unblock", 1, 5, TYPE_FLOAT, TYPE_FLOAT),

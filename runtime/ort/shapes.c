@@ -73,8 +73,9 @@ OrtStatus *infer(const OrtCustomOp *callbacks, OrtShapeInferContext *context) {
   layer.height = size[2];
   layer.width = size[3];
   TRY(check_size(&layer));
-  if (op->op != MAX_POOL) shape[1] = op->rank == 5 ? blocks(layer.outputs) : layer.outputs;
+  const int in_blocks = takes_blocks(op) || op->fused;
+  if (op->op != MAX_POOL) shape[1] = in_blocks ? blocks(layer.outputs) : layer.outputs;
   shape[2] = out_height(&layer);
   shape[3] = out_width(&layer);
-  return set_shape(context, op->result, shape, op->rank, batch);
+  return set_shape(context, op->result, shape, in_blocks ? 5 : 4, batch);
 }

@@ -44,6 +44,14 @@ FUSED_CASE = LAYERS[7]
 FUSED_INTEGERS = [(LAYERS[0], False), (LAYERS[3], True), (LAYERS[4], False), (LAYERS[7], True)]
 
 
+#: Convolutions that the library has kernels for: windows whose columns are side by side, and others.
+CONVOLUTIONS = [
+    Case(channels=3, outputs=33, size=(13, 12), kernel=(7, 7), stride=(2, 2), padding=(3, 3)),
+    Case(channels=1, outputs=5, padding=(0, 2, 1, 0), dilation=(1, 2)),
+    Case(channels=20, outputs=16, size=(5, 6)),
+]
+
+
 def window_of(case: Case) -> Window:
     padding = expand_padding(case.padding)
     return Window(case.stride, (padding.top, padding.left, padding.bottom, padding.right), case.dilation, case.groups)
@@ -115,6 +123,20 @@ def spread(case: Case, *, shift: int = 12, low: int = 0, high: int = 255, residu
     return Epilogue(multiplier, bias, shift, low, high, residual)
 
 
+def convolution(case: Case, zero: int = 7) -> tuple[onnx.ModelProto, dict[str, np.ndarray], np.ndarray]:
+    """The layer as a convolution with an epilogue, from plain to blocked integers."""
+    random = np.random.default_rng(0)
+    x, weight = (random.integers(0, 256, tensor.shape).astype(np.uint8) for tensor in case.tensors()[:2])
+    taps, filters = weight[0].size, len(weight)
+    multiplier = (random.uniform(0.5, 1.5, filters) * 60 * 2**16 / (1e4 * taps**0.5)).astype(np.int32)
+    end = Epilogue(multiplier, np.full(filters, 128 << 16) + random.integers(0, 1 << 16, filters), 16, 2, 250, 0)
+    sums = integer.convolution(x, (weight.astype(np.int16) - 128).astype(np.int8), window_of(case), zero)
+    constants = {"w": weight, "multiplier": multiplier, "bias": end.bias}
+    settings = attributes(window_of(case), pad_value=zero, shift=end.shift, low=end.low, high=end.high)
+    model = node_model("FusedConvInteger2d", {"x": x}, constants, settings, "uint8")
+    return model, {"x": x}, to_blocks(end.apply(sums, None))
+
+
 def placed(array: np.ndarray, offset: int) -> np.ndarray:
     """A copy that begins ``offset`` bytes behind a multiple of 64."""
     memory = np.zeros(array.nbytes + 128, np.uint8)
@@ -155,6 +177,7 @@ def models(tmp_path_factory):
     found = [make(case)[0] for case in LAYERS for make in (floats, integers)]
     found += [fused(*settings)[0] for settings in FUSED]
     found += [fused_integers(case, spread(case), residual=residual)[0] for case, residual in FUSED_INTEGERS]
+    found += [convolution(case)[0] for case in CONVOLUTIONS]
     return write(tmp_path_factory.mktemp("models"), found)
 
 
@@ -370,6 +393,24 @@ def test_compiled_fused_integers(library, case, residual, offset):
         np.testing.assert_array_equal(y, expected, strict=True)
         assert len(np.unique(y)) > 50
         assert compiled_calls(library) - before == (offset == 0)
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("offset", [0, 16])
+def test_compiled_convolutions(library, case, offset):
+    model, inputs, expected = convolution(case)
+    before = compiled_calls(library)
+    (y,) = native_session(model, library).run(None, {"x": placed(inputs["x"], offset)})
+    np.testing.assert_array_equal(y, expected, strict=True)
+    assert len(np.unique(y)) > 50
+    assert compiled_calls(library) - before == (offset == 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases(), zero=st.integers(0, 255))
+def test_any_convolution(loops, case, zero):
+    model, inputs, expected = convolution(case, zero)
+    assert_native_and_by_definition(model, loops, inputs["x"], expected)
 
 
 def test_what_compiled_kernels_might_cut_off(library):

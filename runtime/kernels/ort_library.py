@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import tvm
 from tvm import tirx
+from tvm.target import codegen
 
 from anncvt.errors import AnncvtError
 from anncvt.runtime.kernels import fixed_point, inference
@@ -54,7 +55,7 @@ def levels(target: str | None) -> tuple[Level, ...]:
     """The instruction sets to compile for.
 
     Args:
-        target: None: all; ``"cpu"``: those that this machine would choose; or the name of one.
+        target: None: all; ``"cpu"``: those that this machine would choose, tuned for it; or the name of one.
 
     Raises:
         AnncvtError: there is none of that name.
@@ -75,7 +76,17 @@ def _best(every: Sequence[Level]) -> tuple[Level, ...]:
     here = set(Deployment.parse("cpu").features)
     usable = [level for level in every if set(Deployment.parse(level.target).features) <= here]
     floats = [level for level in usable if level.floats]
-    return tuple(dict.fromkeys([floats[-1], usable[-1]]))
+    return tuple(map(_tuned, dict.fromkeys([floats[-1], usable[-1]])))
+
+
+def _tuned(level: Level) -> Level:
+    """``level`` with instructions in the order that suits this processor, and none that the level does not have."""
+    here, there = (Deployment.parse(target).target for target in ("cpu", level.target))
+    if here.attrs["mcpu"] == there.attrs["mcpu"]:
+        return level
+    own, wanted = (set(map(str, codegen.llvm_get_cpu_features(target))) for target in (here, there))
+    attributes = [*map(str, there.attrs.get("mattr", ())), *(f"-{feature}" for feature in sorted(own - wanted))]
+    return dataclasses.replace(level, target=f"llvm -mcpu={here.attrs['mcpu']} -mattr={','.join(attributes)}")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from anncvt.runtime import integer, onnx_native, reference
 from anncvt.runtime.geometry import expand_padding
 from anncvt.runtime.integer import Epilogue, Window
 from anncvt.runtime.kernels import ort_library
+from anncvt.runtime.kernels.deployment import Deployment
 from anncvt.runtime.onnx_fused_body import integer_functions
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -539,6 +540,13 @@ def test_refuses_other_channels(loops):
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "channels"
     with pytest.raises(Exception, match="channels that the weights expect"):
         native_session(model, loops).run(None, {"x": inputs["x"][:, :2]})
+
+
+def test_libraries_for_this_machine_run_on_others_of_its_level():
+    plain = {level.number: level for level in ort_library.levels(None)}
+    for level in ort_library.levels("cpu"):
+        tuned, general = (Deployment.parse(each.target) for each in (level, plain[level.number]))
+        assert (tuned.features, tuned.accumulators) == (general.features, general.accumulators)
 
 
 def test_layers_of_open_size_get_no_kernel(models):

@@ -193,8 +193,10 @@ def _fused(residual: bool) -> str:
   scaled = Mul (sums, scales)
   shifted = Add (scaled, shifts)
 {added if residual else "  total = Identity (shifted)"}
-  low = Constant <value_float: float = @low> ()
-  high = Constant <value_float: float = @high> ()
+  low_float = Constant <value_float: float = @low> ()
+  high_float = Constant <value_float: float = @high> ()
+  low = CastLike (low_float, total)
+  high = CastLike (high_float, total)
   clipped = Clip (total, low, high)
 {_block("clipped", "y")}"""
 

@@ -186,3 +186,14 @@ def test_a_network_without_adders_is_left_alone(tmp_path):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()).eval()
     path = export_network(network, SIZE, tmp_path / "model.onnx", fuse=True)
     assert not onnx.load(path).functions
+
+
+def test_weights_in_half_precision(tmp_path):
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    torch.manual_seed(0)
+    network = settled(nn.Sequential(AdderConv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU6(), nn.Flatten()))
+    path = export_network(network, SIZE, tmp_path / "model.onnx", fuse=True)
+    onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
+    x = images_of(SIZE)
+    np.testing.assert_allclose(run(session(path), x), expected_of(network, x), atol=0.1)

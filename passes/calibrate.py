@@ -24,7 +24,7 @@ from anncvt.errors import AnncvtError
 from anncvt.images import augment, normalise
 from anncvt.passes.calibration_state import CalibrationState
 from anncvt.passes.fit_blocks import BlockFit
-from anncvt.passes.fit_jointly import JointFit, fit_jointly, refresh_statistics
+from anncvt.passes.fit_jointly import JointFit, explained, fit_jointly, refresh_statistics
 from anncvt.passes.fit_layers import LayerFit
 from anncvt.passes.fit_locally import LocalFit
 from anncvt.passes.fit_logits import LogitFit, fit_logits
@@ -116,13 +116,12 @@ def calibrate(
                 within = None if deadline is None else time.monotonic() + sum(shares) * (deadline - time.monotonic())
                 local.run(state.generator, within, shares, state.keep, progress)
                 del local
-            last = fit_jointly(
-                teacher, student, paired, draw.next, config.joint, state.joint, deadline, state.keep, progress
-            )
+            fit_jointly(teacher, student, paired, draw.next, config.joint, state.joint, deadline, state.keep, progress)
             fit_logits(teacher, student, paired, draw.next, config.logits, state.logits, deadline, state.keep, progress)
             chosen = torch.randperm(len(images), generator=state.generator)[:2048]
             parts = [part for part in chosen.split(size) if len(part) == size]
             refresh_statistics(student, paired, (draw.plain(part) for part in parts))
+            last = explained(teacher, student.eval(), paired, draw.plain(chosen[:size]))
     except KeyboardInterrupt:
         progress.note(state.summary(len(paired)))
         raise

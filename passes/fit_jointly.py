@@ -42,7 +42,7 @@ def fit_jointly(
     deadline: float | None = None,
     on_step: Callable[[], None] = lambda: None,
     progress: Progress = SILENT,
-) -> dict[str, float]:
+) -> None:
     """Train ``student`` from ``state`` to the end; ``state`` follows.
 
     Args:
@@ -50,9 +50,6 @@ def fit_jointly(
         deadline: on the monotonic clock; the number of steps follows from it, but where there is time for
             :data:`ROOM` times ``how.steps``, only those are taken. ``None``: ``how.steps``.
         on_step: called after every step.
-
-    Returns:
-        R^2 per layer on the last batch.
 
     Raises:
         AnncvtError: the loss is not finite any more.
@@ -81,21 +78,34 @@ def fit_jointly(
         shown=lambda: {"r2": sum(r2.values()) / len(r2)},
         progress=progress,
     )
-    return r2
 
 
 def _loss(
     teacher: nn.Module, student: nn.Module, paired: list[Pair], x: Tensor, how: JointFit, r2: dict[str, float]
 ) -> Tensor:
+    missed, got, wanted = _missed(teacher, student, paired, x)
+    r2.update({name: 1 - float(share.detach()) for name, share in missed.items()})
+    features = how.feature_weight * torch.stack(list(missed.values())).mean()
+    return features + divergence(got, wanted, how.temperature)
+
+
+def _missed(
+    teacher: nn.Module, student: nn.Module, paired: list[Pair], x: Tensor
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Of each layer the share of the teacher's variance that it misses; both networks' outputs."""
     ends = [pair.conv_end for pair in paired] + [pair.adder_end for pair in paired]
     with outputs_of(ends) as outputs:
         with torch.no_grad():
             wanted = teacher(x)
         got = student(x)
     missed = {pair.name: unexplained(outputs[pair.adder_end][0], outputs[pair.conv_end][0]) for pair in paired}
-    r2.update({name: 1 - float(share.detach()) for name, share in missed.items()})
-    features = how.feature_weight * torch.stack(list(missed.values())).mean()
-    return features + divergence(got, wanted, how.temperature)
+    return missed, got, wanted
+
+
+@torch.no_grad()
+def explained(teacher: nn.Module, student: nn.Module, paired: list[Pair], x: Tensor) -> dict[str, float]:
+    """R^2 of each layer's output on the images ``x``, in the modes the networks are in."""
+    return {name: 1 - float(share) for name, share in _missed(teacher, student, paired, x)[0].items()}
 
 
 @torch.no_grad()

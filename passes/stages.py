@@ -68,6 +68,8 @@ def train(
 
     if state.steps is None:
         state.steps = steps(lambda: step(0.0))
+    if not state.steps:
+        return
     with progress.task(name, state.steps) as task:
         task.advance(state.step)
         while state.step < state.steps:

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,17 @@ from anncvt.passes.calibrate import CalibrationConfig, calibrate
 from anncvt.passes.fit_blocks import BlockFit
 from anncvt.passes.fit_jointly import JointFit
 from anncvt.passes.fit_layers import LayerFit
+from anncvt.passes.fit_logits import LogitFit
 from anncvt.passes.initialise import initialise
 from anncvt.passes.pairing import pairs
 from anncvt.passes.plan import plan
 from anncvt.passes.rewrite import rewrite
 
 QUICK = CalibrationConfig(
-    LayerFit(steps=25, positions=1024), BlockFit(steps=10, positions=1024), JointFit(steps=25, batch_size=16)
+    LayerFit(steps=25, positions=1024),
+    BlockFit(steps=10, positions=1024),
+    JointFit(steps=25, batch_size=16),
+    LogitFit(steps=10, batch_size=16),
 )
 
 
@@ -73,13 +78,14 @@ def test_the_student_comes_close_to_the_teacher(network):
 
 def test_each_stage_improves_on_the_map():
     distances = []
-    for layer, block, joint in ((0, 0, 0), (60, 0, 0), (0, 60, 0), (0, 0, 60)):
+    for layer, block, joint, logits in ((0, 0, 0, 0), (60, 0, 0, 0), (0, 60, 0, 0), (0, 0, 60, 0), (0, 0, 0, 60)):
         program = _program(Residual())
         # A network as small as this one stands higher rates than the defaults, and needs them in so few steps.
         config = CalibrationConfig(
             LayerFit(steps=layer, positions=1024),
             BlockFit(steps=block, positions=1024, weight_lr=0.05, norm_lr=0.01),
             JointFit(steps=joint, batch_size=16, lr=1e-3, weight_lr=0.01),
+            LogitFit(steps=logits, batch_size=16),
         )
         calibrate(program, _images(), config=config)
         distances.append(_distance(program, _images()))
@@ -146,8 +152,18 @@ def test_a_budget_is_kept_and_its_steps_recorded():
     program = _program(Residual())
     calibrate(program, _images(), budget=3.0)
     record = program.history[-1]
-    assert record.seconds < 8
+    assert record.seconds < 12
     assert record.metrics["joint_steps"] >= 10
+    assert record.metrics["logit_steps"] is None  # there was no time left for them
+
+
+def test_time_that_the_joint_stage_leaves_goes_to_the_logits():
+    config = replace(QUICK, joint=replace(QUICK.joint, steps=3), logits=replace(QUICK.logits, least_steps=1))
+    program = _program(Residual())
+    calibrate(program, _images(), budget=3.0, config=config)
+    metrics = program.history[-1].metrics
+    assert metrics["joint_steps"] == 3
+    assert metrics["logit_steps"] >= 10
 
 
 def test_progress_names_layers_and_their_fit():
@@ -155,10 +171,10 @@ def test_progress_names_layers_and_their_fit():
     calibrate(program, _images(), config=QUICK, progress=recorder)
     shown = {metrics["layer"] for _, metrics in recorder.steps if "layer" in metrics}
     assert shown == {*(pair.name for pair in pairs(program)), "block 1"}
-    assert recorder.done == len(shown) + QUICK.joint.steps
+    assert recorder.done == len(shown) + QUICK.joint.steps + QUICK.logits.steps
 
 
-@pytest.mark.parametrize("at", [1, 2, 4, 20])
+@pytest.mark.parametrize("at", [1, 2, 4, 20, 35])
 def test_an_interrupted_calibration_goes_on_as_if_nothing_had_happened(at, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration_state, "INTERVAL", 0.0)
     torch.manual_seed(0)

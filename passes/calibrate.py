@@ -4,7 +4,7 @@
    the teacher computes there; then all layers of a block to what the teacher's block computes.
 2. All together, end to end (:mod:`anncvt.passes.fit_jointly`).
 3. Where there is time left, the logits are distilled (:mod:`anncvt.passes.fit_logits`).
-4. The BatchNorm statistics are taken again.
+4. The BatchNorm statistics are taken again, from images augmented as in the last stage.
 
 All steps use the op's exact (sign) gradient: the smoothed one of AdderNet training measures worse here.
 """
@@ -118,9 +118,12 @@ def calibrate(
                 del local
             fit_jointly(teacher, student, paired, draw.next, config.joint, state.joint, deadline, state.keep, progress)
             fit_logits(teacher, student, paired, draw.next, config.logits, state.logits, deadline, state.keep, progress)
+            # As the last stage saw them: those of plain images cost up to two points.
+            last_stage = config.logits if state.logits.steps else config.joint
+            augmented = last_stage.augment and bool(state.joint.steps or state.logits.steps)
             chosen = torch.randperm(len(images), generator=state.generator)[:2048]
             parts = [part for part in chosen.split(size) if len(part) == size]
-            refresh_statistics(student, paired, (draw.plain(part) for part in parts))
+            refresh_statistics(student, paired, (draw.of(part, augmented) for part in parts))
             last = explained(teacher, student.eval(), paired, draw.plain(chosen[:size]))
     except KeyboardInterrupt:
         progress.note(state.summary(len(paired)))
@@ -167,18 +170,18 @@ class _Batches:
 
     def plain(self, indices: Tensor) -> Tensor:
         """Those at ``indices``."""
-        return self._prepared(self.images.pixels[indices])
+        return self.of(indices, False)
 
     def next(self, count: int, augmented: bool) -> Tensor:
         """``count`` images at random: what comes next depends on the generator alone."""
-        chosen = torch.randperm(len(self.images), generator=self.generator)[:count]
-        pixels = self.images.pixels[chosen]
+        return self.of(torch.randperm(len(self.images), generator=self.generator)[:count], augmented)
+
+    def of(self, indices: Tensor, augmented: bool) -> Tensor:
+        """Those at ``indices``, shifted and mirrored at random if they are to be ``augmented``."""
+        pixels = self.images.pixels[indices]
         if augmented:
             pad = max(1, pixels.shape[-1] // 8)
             pixels = augment(pixels, self.generator, pad=pad, flip=self.images.flip)
-        return self._prepared(pixels)
-
-    def _prepared(self, pixels: Tensor) -> Tensor:
         return channels_last(normalise(pixels, self.program.preprocess))
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from anncvt.passes.fit_blocks import input_spread
 from anncvt.passes.objectives import divergence, unexplained
 from anncvt.passes.pairing import Pair, outputs_of
-from anncvt.passes.stages import StageState, steps_until, train
+from anncvt.passes.stages import StageState, train
 from anncvt.progress import SILENT, Progress
 
 #: More time than this many times the configured steps take is left to what comes after.
@@ -62,18 +62,14 @@ def fit_jointly(
     train_mode(student, paired)
     r2: dict[str, float] = {}
 
-    def steps(step: Callable[[], float]) -> int:
-        if deadline is None:
-            return how.steps
-        fit = steps_until(deadline, step)
-        return how.steps if fit >= ROOM * how.steps else fit
-
     train(
         "fit jointly",
         optimizer,
         lambda: _loss(teacher, student, paired, batch(how.batch_size, how.augment), how, r2),
         state,
-        steps,
+        how.steps,
+        deadline,
+        chosen=lambda fit: how.steps if fit >= ROOM * how.steps else fit,
         on_step=on_step,
         shown=lambda: {"r2": sum(r2.values()) / len(r2)},
         progress=progress,

@@ -1,7 +1,7 @@
 """Last stage of calibration, where there is time for it: distillation of the logits, still without labels.
 
 The joint stage soon gains nothing more: Adam at its low rates stays near what the layers learned. SGD with AdderNet's
-adaptive step, as in training, goes further, but first loses; it pays from some three hundred steps on.
+adaptive step, as in training, goes further, but first loses: it takes some hundred steps to pay.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from anncvt.passes.adaptive_step import adaptive_adder_step
 from anncvt.passes.fit_jointly import others, train_mode
 from anncvt.passes.objectives import divergence
 from anncvt.passes.pairing import Pair
-from anncvt.passes.stages import StageState, steps_until, train
+from anncvt.passes.stages import StageState, train
 from anncvt.progress import SILENT, Progress
 
 
@@ -62,18 +62,14 @@ def fit_logits(
             wanted = teacher(x)
         return divergence(student(x), wanted, how.temperature)
 
-    def steps(step: Callable[[], float]) -> int:
-        if deadline is None:
-            return how.steps
-        fit = steps_until(deadline, step)
-        return fit if fit >= how.least_steps else 0
-
     train(
         "fit logits",
         optimizer,
         loss,
         state,
-        steps,
+        how.steps,
+        deadline,
+        chosen=lambda fit: fit if fit >= how.least_steps else 0,
         prepare=lambda: adaptive_adder_step(weights, how.eta),
         on_step=on_step,
         progress=progress,

@@ -31,8 +31,10 @@ def train(
     optimizer: torch.optim.Optimizer,
     loss: Callable[[], Tensor],
     state: StageState,
-    steps: Callable[[Callable[[], float]], int],
+    steps: int,
+    deadline: float | None,
     *,
+    chosen: Callable[[int], int],
     prepare: Callable[[], None] = lambda: None,
     on_step: Callable[[], None] = lambda: None,
     shown: Callable[[], Mapping[str, float]] = dict,
@@ -45,7 +47,9 @@ def train(
         optimizer: its rates are the peaks of the schedule.
         loss: of the next batch.
         state: follows.
-        steps: decides how many there are, from a step that changes no weight.
+        steps: how many, without a ``deadline``.
+        deadline: on the monotonic clock.
+        chosen: how many to take of those that fit until the deadline.
         prepare: called between the backward pass and the optimizer.
         on_step: called after every step.
         shown: what the progress bar says besides the loss.
@@ -67,7 +71,9 @@ def train(
         return float(value.detach())
 
     if state.steps is None:
-        state.steps = steps(lambda: step(0.0))
+        state.steps = steps
+        if deadline is not None:
+            state.steps = chosen(steps_within(deadline - time.monotonic(), lambda: step(0.0)))
     if not state.steps:
         return
     with progress.task(name, state.steps) as task:
@@ -84,8 +90,3 @@ def train(
             state.optimizer = optimizer.state_dict()
             task.advance(1, loss=value, **shown())
             on_step()
-
-
-def steps_until(deadline: float, step: Callable[[], float]) -> int:
-    """How many times ``step`` can be taken until ``deadline``, on the monotonic clock."""
-    return steps_within(deadline - time.monotonic(), step)

@@ -34,7 +34,7 @@ from anncvt.runtime.kernels import cache
 from anncvt.runtime.kernels.deployment import Deployment
 from anncvt.runtime.kernels.integer_launch import to_blocks
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
-from anncvt.runtime.kernels.integer_pack import Requantisation
+from anncvt.runtime.kernels.integer_pack import Requantisation, totals
 from anncvt.runtime.kernels.integer_plan import Plan
 
 #: The stem is a convolution in the adder network too; its input is plain.
@@ -105,12 +105,22 @@ def kernel(layer: Layer, mode: str, x: np.ndarray, weight: np.ndarray) -> Callab
     """A call of this package's kernel with a requantisation that uses the range of uint8."""
     taps, sides, stem = layer.channels * layer.kernel**2, [layer.padding] * 4, layer is STEM
     size, window, steps = (layer.size,) * 2, (layer.kernel,) * 2, (layer.stride,) * 2
-    spec = IntegerLayer(
-        mode, layer.channels, size, layer.outputs, window, steps, Padding(*sides), blocked=not stem, clamped=False
-    )
     scale = np.full(layer.outputs, max(1, (1 << 22) // (taps * 85)), np.int32)
     centre = np.full(layer.outputs, taps * 85 if mode == "adder" else 128, np.int64)
-    constants = Plan.of(spec, Deployment.parse("cpu")).pack(weight, 128, Requantisation(scale, centre * scale, 16))
+    end = Requantisation(scale, centre * scale, 16)
+    spec = IntegerLayer(
+        mode,
+        layer.channels,
+        size,
+        layer.outputs,
+        window,
+        steps,
+        Padding(*sides),
+        clamped=end.narrow,
+        totals=totals(mode, weight, end),
+        blocked=not stem,
+    )
+    constants = Plan.of(spec, Deployment.parse("cpu")).pack(weight, 128, end)
     image = torch.from_numpy(x)
     arrays = [image if stem else to_blocks(image), *constants, np.zeros((len(x), *spec.out_shape), np.uint8)]
     tensors, function = [tvm.runtime.tensor(np.asarray(array)) for array in arrays], cache.kernel(spec)

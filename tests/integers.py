@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from anncvt.runtime.geometry import Padding
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
-from anncvt.runtime.kernels.integer_pack import Requantisation, wide
+from anncvt.runtime.kernels.integer_pack import Requantisation, totals
 from anncvt.runtime.kernels.layer import LANES, blocks
+
+LENGTHS = ("short", "long", "wide")
 
 
 class Case(NamedTuple):
@@ -68,15 +70,16 @@ def case(layer: IntegerLayer, *, batch: int = 1, values: str = "all", zero: int 
     if layer.result == "int32":
         return Case(layer, x, weight, zero, None, None, total.astype(np.int32))
     spread = max(1, int(np.ptp(total)) if total.size else 1)
-    shift = 1 if layer.wide else 16
+    wide = layer.totals == "wide"
+    shift = {"short": 7, "long": 16, "wide": 1}[layer.totals]
     multiplier = random.integers(2**31 - 2**20, 2**31, layer.out_channels)
-    if not layer.wide:
+    if not wide:
         multiplier = random.integers(1, 3, layer.out_channels) * max(1, (256 << shift) // spread)
     centre = int(total.mean()) if total.size else 0
     offset = (128 << shift) - centre * multiplier + random.integers(-(30 << shift), 30 << shift, layer.out_channels)
     low, high = (low, 250) if layer.clamped else (0, 255)
     end = Requantisation(multiplier.astype(np.int32), offset, shift, low, high, (1 << shift) // 4 - 3)
-    assert wide(layer.mode, weight, end) == layer.wide
+    assert LENGTHS.index(totals(layer.mode, weight, end)) <= LENGTHS.index(layer.totals)
     residual = draw((batch, layer.out_channels, *layer.out_size), np.uint8) if layer.residual else None
     return Case(layer, x, weight, zero, end, residual, requantised(total, end, residual))
 
@@ -121,6 +124,6 @@ def layers(draw: st.DrawFn) -> IntegerLayer:
         result,
         residual=result == "uint8" and draw(st.booleans()),
         clamped=draw(st.booleans()),
-        wide=result == "uint8" and draw(st.sampled_from([False, False, True])),
+        totals=draw(st.sampled_from(LENGTHS)) if result == "uint8" else "long",
         blocked=draw(st.sampled_from([True, True, True, False])),
     )

@@ -71,7 +71,7 @@ def _form(lanes: int, registers: int, vectors: int, add: Callable[[Any, Any, Any
     def step(sums: Any, x: Any, w: Any) -> Any:
         return add(sums, tirx.max(w, repeat(x, lanes)), splat(1, "int16", 2 * lanes))
 
-    return Form("fixed", lanes, 2, registers, vectors, step, source="int16", weight="int16", maxima=True)
+    return Form("fixed", lanes, 2, registers, vectors, step, source="int16", weight="int16")
 
 
 def refusal(target: str) -> AnncvtError:

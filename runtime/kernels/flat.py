@@ -55,3 +55,18 @@ def store(target: Any, at: Any, value: Callable[[Any], Any] | Any, lanes: int = 
     """``target[at + lane] = value(lane)`` (or a constant) for one vector of ``lanes``."""
     with T.vectorized(lanes) as lane:
         T.buffer_store(target, value(lane) if callable(value) else value, [at + lane])
+
+
+def ramp(at: Any, count: int) -> Any:
+    """``count`` indices from ``at``."""
+    return tirx.Ramp(at, 1, count) if count > 1 else at
+
+
+def splat(value: int, dtype: str, count: int) -> Any:
+    """A vector of ``count`` times ``value``."""
+    return spread(tirx.const(value, dtype), count)
+
+
+def spread(value: Any, count: int) -> Any:
+    """``value`` in every lane."""
+    return tirx.Broadcast(value, count) if count > 1 else value

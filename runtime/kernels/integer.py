@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 from tvm import tirx
 from tvm.tirx.script.builder import ir as B
 
-from anncvt.runtime.kernels.flat import function, prefetch
+from anncvt.runtime.kernels.flat import function, prefetch, ramp, spread
 from anncvt.runtime.kernels.integer_forms import Form
 from anncvt.runtime.kernels.integer_input import Cells, Input
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
-from anncvt.runtime.kernels.integer_output import DTYPES, Output, arguments, ramp, splat
+from anncvt.runtime.kernels.integer_output import DTYPES, Output, arguments
 from anncvt.runtime.kernels.integer_tiling import IntegerTiling, panels_of, spans
+from anncvt.runtime.kernels.integer_windows import window_sums
 from anncvt.runtime.kernels.layer import LANES, blocks
 
 
@@ -78,7 +79,7 @@ class _Kernel:
         return function(shapes, lambda **buffers: self._body(batch, buffers), dtypes)
 
     def _body(self, batch: Any, buffers: dict[str, Any]) -> None:
-        cut = self.cut
+        form, cut = self.form, self.cut
         self.weight = buffers["weight"]
         self.output = Output(self.layer, self.form, buffers)
         with B.parallel(batch * (self.row_blocks * self.parts)) as item:
@@ -87,29 +88,12 @@ class _Kernel:
             first = tirx.min(item % self.parts * cut.panels, self.all_panels - cut.panels)
             group = first // self.panels if self.layer.groups > 1 else tirx.const(0, "int32")
             source, base = self.input.read(buffers["x"], buffers["parameters"], image, row, group)
-            sums = self._patch_sums(source, base) if self.form.maxima else None
+            sums = None
+            if form.quads is not None:
+                sums = window_sums(self.layer, form.quads, self.input, source, base, cut.rows)
             with B.serial(cut.panels) as panel:
                 self._panel(image, row, first + panel, panel // self.panels, source, base, sums)
             self._clear(image, row, item % self.parts)
-
-    def _patch_sums(self, source: Any, base: Any) -> Any:
-        """``[groups, rows, output width]`` int32: sums over channels and kernel columns; kernel rows come later."""
-        layer, rows = self.layer, self.input.rows
-        result = B.alloc_buffer((self.item_groups * rows * self.width,), "int32")
-        line = B.alloc_buffer((self.input.width,), "int32")
-        with B.serial(self.item_groups) as g, B.serial(rows) as h:
-            with B.serial(self.input.width) as w:
-                lanes = B.alloc_buffer((self.cells.size,), "int32")
-                at = base + g * (self.cells.number * self.input.plane) + (h * self.input.width + w) * self.cells.pitch
-                B.buffer_store(lanes, splat(0, "int32", self.cells.size), [ramp(0, self.cells.size)])
-                with B.serial(self.cells.number) as c:
-                    pixel = source[ramp(at + c * self.input.plane, self.cells.size)].astype(f"int32x{self.cells.size}")
-                    B.buffer_store(lanes, lanes[ramp(0, self.cells.size)] + pixel, [ramp(0, self.cells.size)])
-                B.buffer_store(line, sum((lanes[c] for c in range(1, self.cells.size)), lanes[0]), [w])
-            with B.serial(self.width) as w:
-                taps = [line[w * self.input.stride[1] + k * layer.dilation[1]] for k in range(layer.kernel[1])]
-                B.buffer_store(result, sum(taps[1:], taps[0]), [(g * rows + h) * self.width + w])
-        return result
 
     def _panel(self, image: Any, row: Any, panel: Any, group: Any, source: Any, base: Any, sums: Any) -> None:
         """All pixels of a work item for the output channels of one panel; ``group`` counts within the item."""
@@ -123,13 +107,22 @@ class _Kernel:
             with B.serial(tall_tiles) as i, B.serial(wide_tiles) as j:
                 tile = _Tile(y0 + i * tall, x0 + j * wide, tall, wide)
                 self._expect(panel, before + i * wide_tiles + j, tiles)
-                vectors = tall * wide * cut.vectors
-                accumulator = B.alloc_buffer((vectors * self.form.lanes,), self.form.sums)
-                for v in range(vectors):
-                    B.buffer_store(accumulator, splat(0, self.form.sums, self.form.lanes), [self._sum(v)])
+                accumulator = self._beginning(group, sums, tile)
                 self._taps(accumulator, panel, base + group * (self.cells.number * self.input.plane), source, tile)
-                self._results(accumulator, image, row, panel, group, sums, tile)
+                self._results(accumulator, image, row, panel, tile)
             before += tall_tiles * wide_tiles
+
+    def _beginning(self, group: Any, sums: Any, tile: _Tile) -> Any:
+        """Where the sums of a tile start: at zero, or at what the window takes from ``sum 2*max(x, w)``."""
+        form, vectors = self.form, self.cut.vectors
+        result = B.alloc_buffer((tile.tall * tile.wide * vectors * form.lanes,), form.sums)
+        for i, j in itertools.product(range(tile.tall), range(tile.wide)):
+            start = tirx.const(0, form.sums)
+            if sums is not None:
+                start = sums[(group * self.cut.rows + tile.top + i) * self.width + tile.left + j]
+            for v in range(vectors):
+                B.buffer_store(result, spread(start, form.lanes), [self._sum((i * tile.wide + j) * vectors + v)])
+        return result
 
     def _expect(self, panel: Any, tile: Any, tiles: int) -> None:
         """Ask for a part of the weights of the next panel, which stream from beyond the second-level cache."""
@@ -165,32 +158,31 @@ class _Kernel:
                     combine = form.alternate if form.alternate and step % 2 else form.step
                     B.buffer_store(accumulator, combine(accumulator[at], x, w), [at])
 
-    def _results(self, accumulator: Any, image: Any, row: Any, panel: Any, group: Any, sums: Any, tile: _Tile) -> None:
-        layer, cut, output = self.layer, self.cut, self.output
-        for i, j in itertools.product(range(tile.tall), range(tile.wide)):
-            found = [accumulator[self._sum((i * tile.wide + j) * cut.vectors + v)] for v in range(cut.vectors)]
-            if sums is not None:
-                at = (group * self.input.rows + (tile.top + i) * self.input.stride[0]) * self.width + tile.left + j
-                rows = [sums[at + k * layer.dilation[0] * self.width] for k in range(layer.kernel[0])]
-                patch = tirx.Broadcast(sum(rows[1:], rows[0]), self.form.lanes)
-                found = [total - patch + total for total in found]
-            constants = panel * self.panel
+    def _results(self, accumulator: Any, image: Any, row: Any, panel: Any, tile: _Tile) -> None:
+        layer, vectors = self.layer, self.cut.vectors
+        constants = panel * self.panel
+        for i in range(tile.tall):
+            line = [
+                [accumulator[self._sum((i * tile.wide + j) * vectors + v)] for v in range(vectors)]
+                for j in range(tile.wide)
+            ]
             if layer.out_in_place:
-                self._store(found, constants, image, row + tile.top + i, tile.left + j)
-            else:
-                channel = panel % self.panels * self.panel
-                valid = layer.filters - channel
-                at = output.address(image, 0, row + tile.top + i, tile.left + j)
-                plane = self.height * self.width * LANES
-                output.scatter(found, constants, panel // self.panels * layer.filters + channel, valid, at, plane)
+                self._store(line, constants, image, row + tile.top + i, tile.left)
+                continue
+            channel = panel % self.panels * self.panel
+            valid, plane = layer.filters - channel, self.height * self.width * LANES
+            for j, found in enumerate(line):
+                at = self.output.address(image, 0, row + tile.top + i, tile.left + j)
+                first = panel // self.panels * layer.filters + channel
+                self.output.scatter(found, constants, first, valid, at, plane)
 
-    def _store(self, found: list[Any], constants: Any, image: Any, row: Any, column: Any) -> None:
+    def _store(self, line: list[list[Any]], constants: Any, image: Any, row: Any, column: Any) -> None:
         """Panels are whole blocks or parts of one; those of a group follow each other without a gap."""
         piece = min(LANES, self.panel) // self.form.lanes
         for v in range(0, self.cut.vectors, piece):
             first = constants + v * self.form.lanes
             at = self.output.address(image, first // LANES, row, column) + first % LANES
-            self.output.store(found[v : v + piece], first, first, at)
+            self.output.store([found[v : v + piece] for found in line], first, first, at)
 
     def _clear(self, image: Any, row: Any, part: Any) -> None:
         """The lanes beyond the last channel that no panel covers."""

@@ -8,11 +8,11 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as B
 
-from anncvt.runtime.kernels.flat import function
+from anncvt.runtime.kernels.flat import function, ramp, splat
 from anncvt.runtime.kernels.integer_forms import Form
 from anncvt.runtime.kernels.integer_input import Cells, Input
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
-from anncvt.runtime.kernels.integer_output import DTYPES, Output, arguments, ramp, splat
+from anncvt.runtime.kernels.integer_output import DTYPES, Output, arguments
 from anncvt.runtime.kernels.integer_tiling import IntegerTiling, spans
 from anncvt.runtime.kernels.layer import LANES, blocks
 
@@ -76,10 +76,9 @@ def _emit(layer: IntegerLayer, form: Form, batch: Any, buffers: dict[str, Any]) 
                     for p in range(pixels):
                         B.buffer_store(sums, splat(0, form.sums, LANES), [ramp(p * LANES, LANES)])
                     _taps(layer, form, source, sums, x, base, buffers["weight"], plane, h, left, pixels)
-                    for p in range(pixels):
-                        total = sums[ramp(p * LANES, LANES)].astype(f"int32x{LANES}")
-                        at = output.address(image, plane, row + h, left + p)
-                        output.store([total], plane * LANES, plane * LANES, at)
+                    totals = [[sums[ramp(p * LANES, LANES)].astype(f"int32x{LANES}")] for p in range(pixels)]
+                    at = output.address(image, plane, row + h, left)
+                    output.store(totals, plane * LANES, plane * LANES, at)
 
 
 def _taps(

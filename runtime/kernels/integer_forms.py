@@ -7,15 +7,16 @@ channels for those, and adds to a vector of ``lanes`` sums. Two instructions per
 form              instructions                            operands of a step
 ================  ======================================  ============
 adder, x86        psadbw, padd                            8 channels x 2, 4 or 8 outputs
-adder, VNNI       vpmaxub, vpdpbusd (by ones)             4 channels x 16 outputs
+adder, VNNI       vpmaxub, vpdpbusd (by twos)             4 channels x 16 outputs
 adder, Arm        uabd, udot (by ones)                    4 channels x 4 outputs
 adder, old Arm    uabal, and one uadalp for eight         16 channels x 4 outputs
 convolution       pmaddwd, padd (int16 operands)          2 channels x 4, 8 or 16 outputs
 convolution       vpdpbusd                                4 channels x 16 outputs
 ================  ======================================  ============
 
-``vpdpbusd`` adds up ``max(x, w)``, and ``sum |x-w| = 2*sum max(x,w) - sum x - sum w``: the sum over the patch is shared
-by all output channels, that over the weights is a constant. Elsewhere plain expressions are left to the compiler.
+``vpdpbusd`` adds up ``2*max(x, w)``, and ``sum |x-w| = sum 2*max(x,w) - sum x - sum w``: the sum over the window is
+shared by all output channels, and is what their sums begin with; that over the weights is a constant. Elsewhere plain
+expressions are left to the compiler.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from typing import Any
 
 from tvm import DataType, DataTypeCode, tirx
 from tvm.script import tirx as T
+
+from anncvt.runtime.kernels.flat import splat
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,16 @@ class Form:
     sums: str = "int32"
     source: str = "uint8"  # int16: a copy of the input holds x - zero
     weight: str = "uint8"
-    maxima: bool = False  # steps add up max(x, w)
+    #: Of a form whose steps add up ``2*max(x, w)``: 16 sums and four times as many bytes of x, added side by side.
+    quads: Callable[[Any, Any], Any] | None = None
     alternate: Callable[[Any, Any, Any], Any] | None = None  # of step, every other one
     together: int = 0  # channels of one output side by side in the weights of a step; 0: all of them
+    packs: bool = False  # there are instructions for :func:`packed`
+
+    @property
+    def maxima(self) -> bool:
+        """Whether steps add up ``2*max(x, w)``."""
+        return self.quads is not None
 
     def order(self, vectors: int) -> list[int]:
         """Which output each lane of ``vectors`` vectors sums. Four 64-bit lanes are narrowed two vectors at a time."""
@@ -90,7 +100,7 @@ def choose(mode: str, architecture: str, features: tuple[str, ...]) -> Form:
 
 def _x86_adder(features: tuple[str, ...]) -> Form:
     if "avx512vnni" in features:
-        return Form("max_dot", 16, 4, 14, 2, _max_dot, maxima=True)
+        return Form("max_dot", 16, 4, 14, 2, _max_dot, quads=_quads, packs=True)
     if "avx512bw" in features:
         return _sad("llvm.x86.avx512.psad.bw.512", 512, 14)
     if "avx2" in features:
@@ -100,7 +110,7 @@ def _x86_adder(features: tuple[str, ...]) -> Form:
 
 def _x86_convolution(features: tuple[str, ...]) -> Form:
     if "avx512vnni" in features:
-        return Form("dot", 16, 4, 14, 2, _dot, weight="int8")
+        return Form("dot", 16, 4, 14, 2, _dot, weight="int8", packs=True)
     if "avx512bw" in features:
         return _multiply_pairs("llvm.x86.avx512.pmaddw.d.512", 512, 12)
     if "avx2" in features:
@@ -120,7 +130,9 @@ def _sad(intrinsic: str, bits: int, registers: int) -> Form:
         halves = f"int32x{2 * lanes}"
         return T.reinterpret(f"int64x{lanes}", T.reinterpret(halves, sums) + T.reinterpret(halves, difference))
 
-    return Form("sad", lanes, 8, registers, min(4, 16 // lanes), step, sums="int64", alternate=alternate)
+    return Form(
+        "sad", lanes, 8, registers, min(4, 16 // lanes), step, sums="int64", alternate=alternate, packs=bits == 512
+    )
 
 
 def _multiply_pairs(intrinsic: str, bits: int, registers: int) -> Form:
@@ -129,11 +141,15 @@ def _multiply_pairs(intrinsic: str, bits: int, registers: int) -> Form:
     def step(sums: Any, x: Any, w: Any) -> Any:
         return sums + call(intrinsic, f"int32x{lanes}", w, repeat(x, lanes))
 
-    return Form("multiply_pairs", lanes, 2, registers, 2, step, source="int16", weight="int16")
+    return Form("multiply_pairs", lanes, 2, registers, 2, step, source="int16", weight="int16", packs=bits == 512)
 
 
 def _max_dot(sums: Any, x: Any, w: Any) -> Any:
-    return _dot_product(sums, tirx.max(w, repeat(x, 16)), ones(64))
+    return _dot_product(sums, tirx.max(w, repeat(x, 16)), splat(2, "uint8", 64))
+
+
+def _quads(sums: Any, x: Any) -> Any:
+    return _dot_product(sums, x, splat(1, "uint8", 64))
 
 
 def _dot(sums: Any, x: Any, w: Any) -> Any:
@@ -141,12 +157,13 @@ def _dot(sums: Any, x: Any, w: Any) -> Any:
 
 
 def _dot_product(sums: Any, unsigned: Any, signed: Any) -> Any:
+    """16 sums of four products of bytes."""
     return call("llvm.x86.avx512.vpdpbusd.512", "int32x16", sums, unsigned, signed)
 
 
 def _udot(sums: Any, x: Any, w: Any) -> Any:
     difference = call("llvm.aarch64.neon.uabd", "uint8x16", w, repeat(x, 4))
-    return call("llvm.aarch64.neon.udot", "int32x4", sums, difference, ones(16))
+    return call("llvm.aarch64.neon.udot", "int32x4", sums, difference, splat(1, "uint8", 16))
 
 
 def _uabal(sums: Any, x: Any, w: Any) -> Any:
@@ -175,17 +192,24 @@ PLAIN = {
 }
 
 
+def packed(values: Sequence[Any]) -> Any:
+    """One to four vectors of 16 int32 as bytes, saturated, one after the other: four instructions of AVX-512."""
+    a, b, c, d = (*values, *(4 - len(values)) * [values[-1]])
+    pairs = [call("llvm.x86.avx512.packssdw.512", "int16x32", *pair) for pair in ((a, b), (c, d))]
+    quads = T.reinterpret("int32x16", call("llvm.x86.avx512.packuswb.512", "uint8x64", *pairs))
+    # The instructions work on quarters of vectors, which hold four lanes of each value.
+    ordered = T.reinterpret(
+        "uint8x64", tirx.Shuffle([quads], [4 * part + own for own in range(4) for part in range(4)])
+    )
+    return ordered if len(values) == 4 else tirx.Shuffle([ordered], list(range(16 * len(values))))
+
+
 def repeat(x: Any, times: int) -> Any:
     """The operand ``x`` of a step, ``times`` in a row."""
     kind = DataType(x.ty.dtype)
     element = f"{'uint' if kind.type_code == DataTypeCode.UINT else 'int'}{kind.bits}"
     whole = T.reinterpret(f"int{kind.bits * kind.lanes}", x)
     return T.reinterpret(f"{element}x{kind.lanes * times}", tirx.Broadcast(whole, times))
-
-
-def ones(lanes: int) -> Any:
-    """A vector of bytes that are 1."""
-    return tirx.Broadcast(tirx.const(1, "uint8"), lanes)
 
 
 def call(intrinsic: str, dtype: str, *arguments: Any) -> Any:

@@ -8,8 +8,8 @@ from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
+from anncvt.runtime.kernels.flat import ramp, splat, spread
 from anncvt.runtime.kernels.integer_layer import PARAMETERS, IntegerLayer
-from anncvt.runtime.kernels.integer_output import ramp, splat, spread
 from anncvt.runtime.kernels.layer import LANES, blocks
 
 

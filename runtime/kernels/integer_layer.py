@@ -24,6 +24,9 @@ class IntegerLayer:
 
     ``result``: ``"int32"``, those sums; or ``"uint8"``, requantised: ``clamp((t + 2^(shift-1)) >> shift, low, high)``
     of ``t = sum*multiplier + offset [+ r*residual]`` with a uint8 residual ``r``, in int64.
+
+    ``totals``: ``"short"``, ``t`` and what it is made of fit int32; ``"long"``, what is left after the shift does;
+    ``"wide"``, not even that does, so that it is clamped before it is narrowed.
     """
 
     mode: str
@@ -38,7 +41,7 @@ class IntegerLayer:
     result: str = "uint8"
     residual: bool = False
     clamped: bool = True  # False: the range is 0..255, to which bytes are saturated anyway
-    wide: bool = False  # shifted values may not fit int32 and are clamped before they are narrowed
+    totals: str = "long"
     blocked: bool = True  # False: x is plain [N, C, H, W] (the network's input)
 
     @property

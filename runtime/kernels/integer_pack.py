@@ -59,21 +59,23 @@ def check(weight: np.ndarray, zero: int) -> None:
         )
 
 
-def wide(mode: str, weight: np.ndarray, requantisation: Requantisation) -> bool:
-    """Whether shifted values may not fit int32.
+def totals(mode: str, weight: np.ndarray, requantisation: Requantisation) -> str:
+    """How long the totals of a layer may become, see :class:`anncvt.runtime.kernels.integer_layer.IntegerLayer`.
 
     Raises:
         AnncvtError: what is shifted may not fit int64.
     """
     taps = weight[0].size
-    # Sums of maxima, and the corrections they need, are up to twice the result.
-    largest = 2 * 255 * max(abs(int(m)) for m in requantisation.multiplier)
     factor = int(np.abs(weight.astype(np.int64)).reshape(len(weight), -1).sum(1).max()) if mode == "conv" else taps
-    total = largest * factor + max(abs(int(b)) for b in requantisation.offset)
-    total += 255 * abs(requantisation.residual) + (1 << requantisation.shift)
-    if total >= 1 << 63:
+    # Sums of maxima, and the corrections they need, are up to twice the result.
+    sums = 2 * 255 * factor * max(abs(int(m)) for m in requantisation.multiplier)
+    rest = max(abs(int(b)) for b in requantisation.offset) + 255 * abs(requantisation.residual)
+    rest += 1 << requantisation.shift
+    if sums + rest >= 1 << 63:
         raise AnncvtError("the result before the shift may not fit int64", where="requantisation", fix="scale it down")
-    return total >> requantisation.shift >= 1 << 31
+    if max(sums, sums // 2 + rest) < 1 << 31:
+        return "short"
+    return "long" if (sums + rest) >> requantisation.shift < 1 << 31 else "wide"
 
 
 def pack_weight(layer: IntegerLayer, form: Form, cut: IntegerTiling, weight: np.ndarray) -> np.ndarray:

@@ -55,7 +55,7 @@ def in_plain(form: Form) -> Form:
             pixel = tirx.Broadcast(tirx.Shuffle([x], [c]), form.lanes)
             factor = tirx.Shuffle([w], own) if form.lanes > 1 else w
             if form.maxima:
-                term = tirx.max(factor, pixel)
+                term = 2 * tirx.max(factor, pixel).astype(sums.ty.dtype)
             elif form.weight == "uint8":
                 term = tirx.max(factor, pixel) - tirx.min(factor, pixel)
             else:
@@ -63,7 +63,12 @@ def in_plain(form: Form) -> Form:
             sums = sums + term.astype(sums.ty.dtype)
         return sums
 
-    return dataclasses.replace(form, step=step, alternate=None)
+    def quads(sums, x):
+        for k in range(4):
+            sums = sums + tirx.Shuffle([x], [4 * lane + k for lane in range(form.lanes)]).astype(sums.ty.dtype)
+        return sums
+
+    return dataclasses.replace(form, step=step, alternate=None, quads=form.quads and quads, packs=False)
 
 
 @settings(parent=SLOW_COMPILER, max_examples=12)

@@ -35,6 +35,14 @@ def function(
         return builder.get().without_attr("global_symbol")  # a module names it
 
 
+def workspace(count: int, dtype: str) -> Any:
+    """A buffer on the heap, of this scope alone on a CPU.
+
+    TVM puts small others on the stack, where LLVM makes registers of them, but lets them share memory with larger ones.
+    """
+    return T.alloc_buffer((count,), dtype, scope="local")
+
+
 def f32(value: float) -> Any:
     """A float32 constant."""
     return tirx.const(value, "float32")

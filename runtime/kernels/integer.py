@@ -106,9 +106,9 @@ class _Kernel:
         ):
             with B.serial(tall_tiles) as i, B.serial(wide_tiles) as j:
                 tile = _Tile(y0 + i * tall, x0 + j * wide, tall, wide)
-                self._expect(panel, before + i * wide_tiles + j, tiles)
                 accumulator = self._beginning(group, sums, tile)
-                self._taps(accumulator, panel, base + group * (self.cells.number * self.input.plane), source, tile)
+                at = base + group * (self.cells.number * self.input.plane)
+                self._taps(accumulator, panel, at, source, tile, before + i * wide_tiles + j, tiles)
                 self._results(accumulator, image, row, panel, tile)
             before += tall_tiles * wide_tiles
 
@@ -124,24 +124,32 @@ class _Kernel:
                 B.buffer_store(result, spread(start, form.lanes), [self._sum((i * tile.wide + j) * vectors + v)])
         return result
 
-    def _expect(self, panel: Any, tile: Any, tiles: int) -> None:
-        """Ask for a part of the weights of the next panel, which stream from beyond the second-level cache."""
+    def _expect(self, panel: Any, slot: Any, slots: int) -> None:
+        """Ask for a part of the weights of the next panel, where they come from beyond the second-level cache.
+
+        ``slot`` counts the ``slots`` times that the innermost loop is left in a panel: asked for all at once, lines
+        would keep the loop waiting.
+        """
         size = self.cells.number * self.layer.kernel[0] * self.cells.columns * self.cells.size * self.panel
-        bytes_each = 2 if self.form.weight == "int16" else 1
-        if size * bytes_each * self.all_panels > STREAM_BYTES:
-            lines = -(-size * bytes_each // (LINE_BYTES * tiles))
-            with B.serial(lines) as line:
-                prefetch(self.weight, (panel + 1) * size + (tile * lines + line) * (LINE_BYTES // bytes_each))
+        each = LINE_BYTES // (2 if self.form.weight == "int16" else 1)
+        lines = -(-size // each)
+        if size * (LINE_BYTES // each) * self.all_panels <= STREAM_BYTES:
+            return
+        for line in range(-(-lines // slots)):
+            at = slot * -(-lines // slots) + line if lines > slots else slot >> (slots // lines).bit_length() - 1
+            prefetch(self.weight, (panel + 1) * size + at * each)
 
     def _sum(self, vector: int) -> Any:
         return ramp(vector * self.form.lanes, self.form.lanes)
 
-    def _taps(self, accumulator: Any, panel: Any, base: Any, source: Any, tile: _Tile) -> None:
+    def _taps(self, accumulator: Any, panel: Any, base: Any, source: Any, tile: _Tile, number: Any, tiles: int) -> None:
         layer, form, vectors = self.layer, self.form, self.cut.vectors
         kh, kw = layer.kernel[0], self.cells.columns
         operand = form.group * form.lanes
         with B.serial(self.cells.number) as c, B.serial(kh) as r, B.serial(kw) as s:
-            weights = (((panel * self.cells.number + c) * kh + r) * kw + s) * (self.cells.size * self.panel)
+            turn, turns = (c * kh + r) * kw + s, self.cells.number * kh * kw
+            self._expect(panel, number * turns + turn, tiles * turns)
+            weights = (panel * turns + turn) * (self.cells.size * self.panel)
             origin = base + c * self.input.plane
             origin = origin + (tile.top * self.input.stride[0] + r * layer.dilation[0]) * (
                 self.input.width * self.cells.pitch

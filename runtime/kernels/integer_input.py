@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as B
 
-from anncvt.runtime.kernels.flat import ramp, splat, spread
+from anncvt.runtime.kernels.flat import ramp, splat, spread, workspace
 from anncvt.runtime.kernels.integer_layer import PARAMETERS, IntegerLayer
 from anncvt.runtime.kernels.layer import LANES, blocks
 
@@ -43,8 +44,7 @@ class Input:
     def __init__(self, layer: IntegerLayer, source: str, cells: Cells, rows: int, groups: int) -> None:
         self.layer, self.source, self.cells, self.groups = layer, source, cells, groups
         reach = tuple((k - 1) * d + 1 for k, d in zip(layer.kernel, layer.dilation, strict=True))
-        skips = layer.pointwise and layer.stride != (1, 1)
-        self._copied = source != "uint8" or not layer.in_place or any(layer.padding) or skips
+        self._copied = source != "uint8" or not layer.read_as_stored
         self._picked, self.stride = (layer.stride, (1, 1)) if layer.pointwise else ((1, 1), layer.stride)
         self.rows = (rows - 1) * self.stride[0] + reach[0]
         self.width = (layer.out_size[1] - 1) * self.stride[1] + reach[1] if self._copied else layer.size[1]
@@ -68,20 +68,56 @@ class Input:
     def _copy(self, x: Any, zero: Any, image: Any, row: Any, group: Any) -> Any:
         layer, count, size = self.layer, self.cells.number, self.cells.pitch
         # The last cell of a row that spans columns may reach beyond it, where its weights are zero.
-        copy = B.alloc_buffer((self.groups * count * self.plane + self.cells.size,), self.source)
+        copy = workspace(self.groups * count * self.plane + self.cells.size, self.source)
+        step, left = self._picked[1], layer.padding.left
+        first, last = -(-left // step), min(self.width, (left + layer.size[1] - 1) // step + 1)
         with B.serial(self.groups) as g, B.serial(count) as c, B.serial(self.rows) as h:
             source_row = row * layer.stride[0] + h * self._picked[0] - layer.padding.top
-            inside = tirx.all(source_row >= 0, source_row < layer.size[0])
             target = (g * count + c) * self.plane + h * (self.width * size)
-            with B.serial(self.width) as w:
-                column = w * self._picked[1] - layer.padding.left
-                at = [ramp(target + w * size, size)]
-                with B.If(tirx.all(inside, column >= 0, column < layer.size[1])):
-                    with B.Then():
-                        B.buffer_store(copy, self._pixel(x, zero, image, group + g, c, source_row, column), at)
-                    with B.Else():
-                        B.buffer_store(copy, self._border(zero, c), at)
+
+            def border(begin: int, end: int, c: Any = c, target: Any = target) -> None:
+                with B.serial(end - begin) as w:
+                    B.buffer_store(copy, self._border(zero, c), [ramp(target + (begin + w) * size, size)])
+
+            with B.If(tirx.all(source_row >= 0, source_row < layer.size[0])):
+                with B.Then():
+                    border(0, first)
+                    for begin, times, pixels in self._runs(first, last):
+                        with B.serial(times) as run:
+                            w = begin + run * pixels
+                            found = self._pixels(x, zero, image, group + g, c, source_row, w * step - left, pixels)
+                            B.buffer_store(copy, found, [ramp(target + w * size, pixels * size)])
+                    border(max(first, last), self.width)
+                with B.Else():
+                    border(0, self.width)
         return copy
+
+    def _runs(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """Columns from ``first`` to ``last`` as runs of pixels that are copied at once: begin, runs, pixels of each."""
+        most = 1
+        if self._picked[1] == 1 and self.source == "uint8":
+            if self.layer.in_place:
+                most = 4
+            elif not self.layer.blocked and self.groups == 1 and self.cells.pitch <= 4 and self.cells.full:
+                most = 16
+        while first < last:
+            pixels = min(most, last - first)
+            times = (last - first) // pixels
+            yield first, times, pixels
+            first += times * pixels
+
+    def _pixels(self, x: Any, zero: Any, image: Any, group: Any, cell: Any, row: Any, column: Any, count: int) -> Any:
+        """``count`` pixels side by side."""
+        layer = self.layer
+        height, width = layer.size
+        if count == 1:
+            return self._pixel(x, zero, image, group, cell, row, column)
+        if layer.in_place:
+            block = image * blocks(layer.in_channels) + group * self.cells.number + cell
+            return x[ramp(((block * height + row) * width + column) * LANES, count * LANES)]
+        planes = [((image * layer.in_channels + c) * height + row) * width + column for c in range(self.cells.depth)]
+        order = [c * count + pixel for pixel in range(count) for c in range(self.cells.depth)]
+        return tirx.Shuffle([x[ramp(plane, count)] for plane in planes], order)
 
     def _pixel(self, x: Any, zero: Any, image: Any, group: Any, cell: Any, row: Any, column: Any) -> Any:
         layer, count, depth, size = self.layer, self.cells.number, self.cells.depth, self.cells.pitch

@@ -89,6 +89,12 @@ class IntegerLayer:
         return self.blocked and (self.groups == 1 or self.depth % LANES == 0 or self.depthwise)
 
     @property
+    def read_as_stored(self) -> bool:
+        """Whether bytes need no copy of the input: all pixels are there, and all are used."""
+        skips = self.pointwise and self.stride != (1, 1)
+        return self.in_place and not any(self.padding) and not skips
+
+    @property
     def out_in_place(self) -> bool:
         """The same of the output."""
         return self.groups == 1 or self.filters % LANES == 0

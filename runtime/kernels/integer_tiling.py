@@ -16,10 +16,14 @@ NEAR_BYTES = 24 << 10
 CACHE_BYTES = 256 << 10
 #: Bytes per cycle from the second-level cache, and from beyond it.
 CACHE_BANDWIDTH, BANDWIDTH = 24, 8
+#: Of an input that a work item copies and adds up.
+COPY_BANDWIDTH = 8
 #: What beginning a work item costs, and a register tile.
 ITEM_CYCLES, TILE_CYCLES = 500, 12
 #: Share of the machine that few work items leave idle: a few threads should be balanced, many all have something to do.
-IDLE = {1: 0.5, 2: 0.04, 3: 0.2, 4: 0.02}
+IDLE = {1: 0.5, 2: 0.02, 3: 0.2, 4: 0.01}
+#: The same of the last round of eight threads, were the others full.
+LAST_ROUND = 0.02
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ def _options(
     count, _, tall, wide = tiles
     # Units of work that can be cut apart: panels, or whole groups of them.
     units, per_unit = (panels, 1) if layer.groups == 1 else (layer.groups, panels)
+    bandwidth = CACHE_BANDWIDTH if layer.read_as_stored and form.source == "uint8" else COPY_BANDWIDTH
     weights = per_unit * vectors * form.lanes * taps * size
     for cuts in (1, 2, 4, 8, 16):
         share = -(-units // cuts)
@@ -105,6 +110,6 @@ def _options(
         if again > NEAR_BYTES:
             per_panel += again / (CACHE_BANDWIDTH if again < CACHE_BYTES else BANDWIDTH)
         moved = items * (inputs + share * weights) / BANDWIDTH
-        cycles = row_blocks * units * per_unit * per_panel + moved + items * (ITEM_CYCLES + inputs / CACHE_BANDWIDTH)
-        idle = max(IDLE.get(items, 0), (-items % 8) / 8 * 0.05)
+        cycles = row_blocks * units * per_unit * per_panel + moved + items * (ITEM_CYCLES + inputs / bandwidth)
+        idle = max(IDLE.get(items, 0), (-items % 8) / 8 * LAST_ROUND)
         yield (cycles * (1 + idle), items), IntegerTiling(rows, share * per_unit, tall, wide, vectors)

@@ -8,7 +8,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as B
 
-from anncvt.runtime.kernels.flat import ramp, splat
+from anncvt.runtime.kernels.flat import ramp, splat, workspace
 from anncvt.runtime.kernels.integer_input import Input
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
 
@@ -31,7 +31,7 @@ def window_sums(layer: IntegerLayer, quads: Quads, image: Input, source: Any, ba
         rows: output rows of the work item.
     """
     width = layer.out_size[1]
-    result = B.alloc_buffer((image.groups * rows * width,), "int32")
+    result = workspace(image.groups * rows * width, "int32")
     with B.serial(image.groups) as group:
         found = _pixel_sums(quads, image, source, base + group * (image.cells.number * image.plane))
         with B.serial(rows) as h, B.serial(width) as w:
@@ -51,7 +51,7 @@ def _pixel_sums(quads: Quads, image: Input, source: Any, base: Any) -> Any:
     parts = _quads(quads, image, source, base, pixels * each)
     if each == 1:
         return parts
-    result = B.alloc_buffer((pixels,), "int32")
+    result = workspace(pixels, "int32")
     with B.serial(pixels) as pixel:
         own = [parts[pixel * each + k] for k in range(each)]
         B.buffer_store(result, sum(own[1:], own[0]), [pixel])
@@ -60,7 +60,7 @@ def _pixel_sums(quads: Quads, image: Input, source: Any, base: Any) -> Any:
 
 def _quads(quads: Quads, image: Input, source: Any, base: Any, count: int) -> Any:
     """Sums of four bytes side by side, over all cells: ``count`` of them."""
-    result = B.alloc_buffer((count,), "int32")
+    result = workspace(count, "int32")
     if count < LANES:
         with B.serial(count) as quad:
             B.buffer_store(result, tirx.const(0, "int32"), [quad])

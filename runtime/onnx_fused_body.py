@@ -38,10 +38,11 @@ _CONVOLUTION_DOC = """y = clip((sums * multiplier + bias + 2**(shift-1)) >> shif
 sums: ConvInteger of x with the zero point pad_value, which padding has, and w with the zero point 128.
 x: [N, C, H, W] uint8; w: [O, C/group, kh, kw] uint8; multiplier: [O] int32; bias: [O] int64;
 y: [N, ceil(O/16), H', W', 16] uint8, lanes beyond the last channel zero. As in FusedAdderInteger2d."""
-_REQUANTISE_DOC = """y = clip((x * multiplier + bias + 2**(shift-1)) >> shift, low, high)
-
-x: [N, C, H, W] int32; multiplier: [C] int32; bias: [C] int64; y: [N, ceil(C/16), H, W, 16] uint8, lanes beyond
-the last channel zero. As in FusedAdderInteger2d."""
+_BLOCKED_CONVOLUTION = "FusedConvInteger2dBlocked"
+_BLOCKED_CONVOLUTION_DOC = _CONVOLUTION_DOC.replace("[N, C, H, W]", "[N, ceil(C/16), H, W, 16]")
+_BLOCKED_CONVOLUTION_RESIDUAL_DOC = _BLOCKED_CONVOLUTION_DOC.replace(
+    "+ bias +", "+ bias + residual * residual_multiplier +"
+).replace("y: [", "residual and y: [")
 _MAX_POOL_DOC = """MaxPool of x, [N, ceil(C/16), H, W, 16] uint8, over height and width; y is blocked as x is.
 
 kernel_shape, strides, dilations: height and width; pads: top, left, bottom, right."""
@@ -75,12 +76,16 @@ def integer_functions(opset: int) -> list[onnx.FunctionProto]:
             _INTEGER_RESIDUAL_DOC,
         ),
         f"FusedConvInteger2d <{window}> (x, w, multiplier, bias) => (y)": (
-            _CONVOLUTION + _PER_CHANNEL + _requantised("sums", residual=False),
+            "  plain = Identity (x)\n" + _CONVOLUTION + _PER_CHANNEL + _requantised("sums", residual=False),
             _CONVOLUTION_DOC,
         ),
-        "RequantiseInteger <shift, low, high> (x, multiplier, bias) => (y)": (
-            _PER_CHANNEL + _requantised("x", residual=False),
-            _REQUANTISE_DOC,
+        f"{_BLOCKED_CONVOLUTION} <{window}> (x, w, multiplier, bias) => (y)": (
+            _blocked_convolution(residual=False),
+            _BLOCKED_CONVOLUTION_DOC,
+        ),
+        f"{_BLOCKED_CONVOLUTION}Residual <{window}, residual_multiplier> (x, w, multiplier, bias, residual) => (y)": (
+            _blocked_convolution(residual=True),
+            _BLOCKED_CONVOLUTION_RESIDUAL_DOC,
         ),
         "MaxPoolInteger <kernel_shape, strides, pads, dilations> (x) => (y)": (_MAX_POOL, _MAX_POOL_DOC),
     }
@@ -123,7 +128,7 @@ _CONVOLUTION = """
   x_zero = Cast <to: int = 2> (pad_integer)
   w_zero = Constant <value: tensor = uint8 {128}> ()
   sums = ConvInteger <strides: ints = @strides, pads: ints = @pads, dilations: ints = @dilations, group: int = @group>
-                     (x, w, x_zero, w_zero)
+                     (plain, w, x_zero, w_zero)
 """
 _MAX_POOL = """
   planes = Transpose <perm: ints = [0, 1, 4, 2, 3]> (x)
@@ -170,16 +175,21 @@ def _unblock(x: str, y: str, channels: str) -> str:
 """
 
 
-def _sums(op: str, *more: str) -> str:
-    """``sums``, what the adder makes of the blocked ``x``; ``more``: its attributes beyond those of every adder."""
-    given = ["strides: ints = @strides", "pads: ints = @pads", "dilations: ints = @dilations", "group: int = @group"]
+def _plain() -> str:
+    """``plain``, of the blocked ``x`` of a layer."""
     return f"""
   group_count = Constant <value_int: int = @group> ()
   groups = Reshape (group_count, one)
   depth = Shape <start: int = 1, end: int = 2> (w)
   filters = Shape <start: int = 0, end: int = 1> (w)
   channels = Mul (depth, groups)
-{_unblock("x", "plain", "channels")}
+{_unblock("x", "plain", "channels")}"""
+
+
+def _sums(op: str, *more: str) -> str:
+    """``sums``, what the adder makes of the blocked ``x``; ``more``: its attributes beyond those of every adder."""
+    given = ["strides: ints = @strides", "pads: ints = @pads", "dilations: ints = @dilations", "group: int = @group"]
+    return f"""{_plain()}
   sums = {DOMAIN}.{op} <{", ".join([*given, *more])}> (plain, w)
 {_PER_CHANNEL}"""
 
@@ -203,6 +213,10 @@ def _fused(residual: bool) -> str:
 
 def _fused_integer(residual: bool) -> str:
     return _sums(INTEGER_OP_TYPE, "pad_value: int = @pad_value") + _requantised("sums", residual)
+
+
+def _blocked_convolution(residual: bool) -> str:
+    return _plain() + _CONVOLUTION + _PER_CHANNEL + _requantised("sums", residual)
 
 
 def _requantised(sums: str, residual: bool) -> str:

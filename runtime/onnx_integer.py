@@ -84,15 +84,12 @@ def integer_model(
             graph.shaped(integers_of(step.name), TensorProto.UINT8, step.shape)
         elif fuse and step.op == "adder" and _ends_in_bytes(step.epilogue):
             _fused(graph, step, step.epilogue)
-        elif fuse and _reads_the_image(step) and _ends_in_bytes(step.epilogue):
+        elif fuse and _ends_in_bytes(step.epilogue):
             _fused_convolution(graph, step, step.epilogue)
         else:
             _ACCUMULATING[step.op](graph, step, [graph.plain(name) for name in step.inputs])
             graph.shaped(accumulator_of(step.name), TensorProto.INT32, step.shape)
-            if fuse and _ends_in_bytes(step.epilogue) and step.residual is None:
-                _requantise(graph, step, step.epilogue)
-            else:
-                _finish(graph, step, step.epilogue)
+            _finish(graph, step, step.epilogue)
     last = network.steps[-1]
     flat = graph.node("Flatten", [graph.plain(last.name)], f"/{logits}/flat", axis=1)
     graph.node("DequantizeLinear", [flat, graph.constant(f"/{logits}/scale", np.float32(last.grid.scale))], logits)
@@ -143,8 +140,7 @@ class _Graph:
         """The blocked value of a tensor of the network."""
         value, known = blocked_of(name), self.layouts.setdefault(name, {integers_of(name)})
         if value not in known:
-            shape = self.network.input_shape if name == INPUT else self.network.step(name).shape
-            self.in_blocks(integers_of(name), value, shape)
+            self.in_blocks(integers_of(name), value, _shape(self.network, name))
             known.add(value)
         return value
 
@@ -268,18 +264,35 @@ def _fused(graph: _Graph, step: Step, epilogue: Epilogue) -> None:
 
 
 def _reads_the_image(step: Step) -> bool:
-    """Whether a step is a convolution of few channels in plain layout, for which the native library has kernels."""
+    """Whether a step is a convolution of few channels in plain layout, which need not be blocked first."""
     return step.op == "convolution" and step.inputs[0] == INPUT and step.window.groups == 1 and step.residual is None
 
 
 def _fused_convolution(graph: _Graph, step: Step, epilogue: Epilogue) -> None:
-    """A convolution with its epilogue as one node, from plain to blocked integers."""
-    values = {"weight": _weight(step), "multiplier": epilogue.multiplier, "bias": epilogue.bias}
+    """A convolution with its epilogue as one node, that of the image from plain to blocked integers.
+
+    Sums over windows and rescaling are convolutions with ones.
+    """
+    weight, window, bias, pad_value = step.weight, _window(step), epilogue.bias, 0
+    if step.op != "rescale":
+        pad_value = step.pad_values[0]
+    if weight is None:
+        weight = np.ones((step.shape[0], 1, *step.kernel), np.int8)
+        window["group"] = step.shape[0]
+        # A convolution counts from the zero point, where a sum counts from 0.
+        bias = bias + epilogue.multiplier.astype(np.int64) * (pad_value * step.kernel[0] * step.kernel[1])
+    values = {"weight": _shifted(weight), "multiplier": epilogue.multiplier, "bias": bias}
     inputs = [graph.constant(f"{step.name}/{name}", value) for name, value in values.items()]
-    settings = {**_window(step), "pad_value": step.pad_values[0]}
-    settings |= {"shift": epilogue.shift, "low": epilogue.low, "high": epilogue.high}
-    output = blocked_of(step.name)
-    graph.node("FusedConvInteger2d", [graph.plain(INPUT), *inputs], output, DOMAIN, step.name, **settings)
+    settings = {**window, "pad_value": pad_value, "shift": epilogue.shift, "low": epilogue.low, "high": epilogue.high}
+    op, output = "FusedConvInteger2d", blocked_of(step.name)
+    if _reads_the_image(step):
+        inputs.insert(0, graph.plain(INPUT))
+    else:
+        op, inputs = f"{op}Blocked", [graph.blocked(step.inputs[0]), *inputs]
+    if step.residual is not None:
+        inputs.append(graph.blocked(step.residual))
+        op, settings = f"{op}Residual", {**settings, "residual_multiplier": epilogue.residual_multiplier}
+    graph.node(op, inputs, output, DOMAIN, step.name, **settings)
     graph.shaped(output, TensorProto.UINT8, blocked_shape(step.shape))
     graph.layouts[step.name] = {output}
 
@@ -333,19 +346,36 @@ def _join(graph: _Graph, step: Step, values: list[str], output: str) -> None:
 
 
 def _convolution(graph: _Graph, step: Step, inputs: Sequence[str]) -> None:
-    operands = [
-        *inputs,
-        graph.constant(f"{step.name}/weight", _weight(step)),
+    assert step.weight is not None
+    zeros = [
         graph.constant(f"{step.name}/zero", np.uint8(step.pad_values[0])),
         graph.constant(f"{step.name}/weight_zero", np.uint8(WEIGHT_ZERO)),
     ]
+    weight, shape = _shifted(step.weight), _shape(graph.network, step.inputs[0])
+    one_pixel = shape[1:] == step.shape[1:] == weight.shape[2:] == (1, 1)
+    if one_pixel and step.window.groups == 1 and not any(step.window.padding):
+        # A product of matrices, whose constant weights runtimes arrange once.
+        operands = [
+            graph.node("Flatten", inputs, f"{step.name}/flat", axis=1),
+            graph.constant(f"{step.name}/weight", np.ascontiguousarray(weight[:, :, 0, 0].T)),
+            *zeros,
+        ]
+        product = graph.node("MatMulInteger", operands, f"{step.name}/product", name=step.name)
+        axes = graph.constant(f"{step.name}/axes", np.array([2, 3], np.int64))
+        graph.node("Unsqueeze", [product, axes], accumulator_of(step.name))
+        return
+    operands = [*inputs, graph.constant(f"{step.name}/weight", weight), *zeros]
     graph.node("ConvInteger", operands, accumulator_of(step.name), name=step.name, **_window(step))
 
 
-def _weight(step: Step) -> Array:
+def _shifted(weight: Array) -> Array:
     """Of a convolution, uint8 with the zero point :data:`WEIGHT_ZERO`."""
-    assert step.weight is not None
-    return (step.weight.astype(np.int16) + WEIGHT_ZERO).astype(np.uint8)
+    return (weight.astype(np.int16) + WEIGHT_ZERO).astype(np.uint8)
+
+
+def _shape(network: IntegerNetwork, name: str) -> tuple[int, ...]:
+    """Of a tensor of the network, without the batch."""
+    return network.input_shape if name == INPUT else network.step(name).shape
 
 
 def _sum_pool(graph: _Graph, step: Step, inputs: Sequence[str]) -> None:
@@ -391,17 +421,6 @@ def _finish(graph: _Graph, step: Step, epilogue: Epilogue) -> None:
     element = TensorProto.UINT8 if _ends_in_bytes(epilogue) else TensorProto.INT32
     graph.node("Cast", [total], integers_of(name), to=element)
     graph.shaped(integers_of(name), element, step.shape)
-
-
-def _requantise(graph: _Graph, step: Step, epilogue: Epilogue) -> None:
-    """The same as one node, blocked."""
-    constants = {"multiplier": epilogue.multiplier, "bias": epilogue.bias}
-    inputs = [graph.constant(f"{step.name}/{name}", value) for name, value in constants.items()]
-    settings: dict[str, Any] = {"shift": epilogue.shift, "low": epilogue.low, "high": epilogue.high}
-    inputs = [accumulator_of(step.name), *inputs]
-    graph.node(f"Requantise{KIND}", inputs, blocked_of(step.name), DOMAIN, **settings)
-    graph.shaped(blocked_of(step.name), TensorProto.UINT8, blocked_shape(step.shape))
-    graph.layouts[step.name] = {blocked_of(step.name)}
 
 
 def _blocked_max_pool(graph: _Graph, step: Step) -> None:

@@ -18,7 +18,7 @@ from anncvt.files import atomic_path
 from anncvt.progress import SILENT, Progress
 from anncvt.runtime import artifact
 from anncvt.runtime.geometry import Padding
-from anncvt.runtime.kernels.integer_layer import IntegerLayer
+from anncvt.runtime.kernels.integer_layer import IntegerLayer, totals
 from anncvt.runtime.kernels.layer import LANES, Layer
 from anncvt.runtime.onnx_body import DOMAIN, VERSION
 from anncvt.runtime.processor import architecture
@@ -41,9 +41,10 @@ OPS = {
     "FusedAdderInteger2d": "uint8",
     "FusedAdderInteger2dResidual": "uint8",
     "FusedConvInteger2d": "uint8",
+    "FusedConvInteger2dBlocked": "uint8",
+    "FusedConvInteger2dBlockedResidual": "uint8",
     "BlockInteger": "uint8",
     "UnblockInteger": "uint8",
-    "RequantiseInteger": "int32",
     "MaxPoolInteger": "uint8",
 }
 #: Of the linker: only what others call is visible, so that nothing of it meets TVM's own runtime in a process.
@@ -146,25 +147,32 @@ def read(path: str | Path) -> onnx.ModelProto:
 
 def layers_of(model: onnx.ModelProto) -> Iterator[Layer | IntegerLayer]:
     """The layers of ``model`` in the library's ops whose input size is known, as kernels for one image."""
-    shapes = _shapes(model)
+    shapes, constants = _shapes(model), {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.domain != DOMAIN or not node.op_type.startswith(("Adder", "FusedAdder", "FusedConv")):
             continue
         x, weight = (shapes.get(name, ()) for name in node.input[:2])
         adder = "Adder" in node.op_type
-        blocked = adder and node.op_type.startswith("Fused")
+        blocked = _blocked(node)
         known = len(x) == (5 if blocked else 4) and len(weight) == 4 and min(*x[1:], *weight) > 0
-        if known and (adder or _attributes(node).get("group", 1) == 1):
-            yield _layer(node, x[2:4], weight)
+        if known and (adder or blocked or _attributes(node).get("group", 1) == 1):
+            yield _layer(node, x[2:4], weight, constants)
 
 
-def _layer(node: onnx.NodeProto, size: Sequence[int], weight: Sequence[int]) -> Layer | IntegerLayer:
+def _blocked(node: onnx.NodeProto) -> bool:
+    """Whether a layer's input is blocked."""
+    return node.op_type.startswith("FusedAdder") or "Blocked" in node.op_type
+
+
+def _layer(
+    node: onnx.NodeProto, size: Sequence[int], weight: Sequence[int], constants: dict[str, onnx.TensorProto]
+) -> Layer | IntegerLayer:
     attributes = _attributes(node)
     groups = attributes.get("group", 1)
     out, depth, *kernel = weight
     channels = depth * groups
     fused, adder = node.op_type.startswith("Fused"), "Adder" in node.op_type
-    plain = not adder or (channels < LANES and groups == 1 and not fused)
+    plain = not _blocked(node) and (not adder or (channels < LANES and groups == 1))
     arguments: dict[str, Any] = {
         "in_channels": channels,
         "size": (size[0], size[1]),
@@ -178,11 +186,26 @@ def _layer(node: onnx.NodeProto, size: Sequence[int], weight: Sequence[int]) -> 
     }
     residual = node.op_type.endswith("Residual")
     if "Integer" in node.op_type:
+        arguments["totals"] = _totals(node, weight, constants) if fused else "long"
         return IntegerLayer(
             "adder" if adder else "conv", **arguments, result="uint8" if fused else "int32", residual=residual
         )
     activation = ("clamp", attributes["low"], attributes["high"]) if fused else ()
     return Layer("max", 1, **arguments, activation=activation, residual=residual)
+
+
+def _totals(node: onnx.NodeProto, weight: Sequence[int], constants: dict[str, onnx.TensorProto]) -> str:
+    """See :class:`IntegerLayer`; what the library decides when it sees the weights (``totals_of`` in ``ort/ops.c``)."""
+    import onnx
+
+    found = [constants[name] for name in node.input[2:4] if name in constants]
+    if len(found) < 2 or any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in found):
+        return "long"
+    multiplier, bias = (int(abs(onnx.numpy_helper.to_array(tensor).astype(float)).max()) for tensor in found)
+    attributes = _attributes(node)
+    factor = weight[1] * weight[2] * weight[3] * (1 if "Adder" in node.op_type else 128)
+    kind = totals(factor, multiplier, bias, attributes.get("residual_multiplier", 0), attributes["shift"])
+    return "short" if kind == "short" else "long"
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from anncvt.runtime.geometry import Padding
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
-from anncvt.runtime.kernels.integer_pack import Requantisation, totals
+from anncvt.runtime.kernels.integer_pack import Requantisation, totals_of
 from anncvt.runtime.kernels.layer import LANES, blocks
 
 LENGTHS = ("short", "long", "wide")
@@ -79,7 +79,7 @@ def case(layer: IntegerLayer, *, batch: int = 1, values: str = "all", zero: int 
     offset = (128 << shift) - centre * multiplier + random.integers(-(30 << shift), 30 << shift, layer.out_channels)
     low, high = (low, 250) if layer.clamped else (0, 255)
     end = Requantisation(multiplier.astype(np.int32), offset, shift, low, high, (1 << shift) // 4 - 3)
-    assert LENGTHS.index(totals(layer.mode, weight, end)) <= LENGTHS.index(layer.totals)
+    assert LENGTHS.index(totals_of(layer.mode, weight, end)) <= LENGTHS.index(layer.totals)
     residual = draw((batch, layer.out_channels, *layer.out_size), np.uint8) if layer.residual else None
     return Case(layer, x, weight, zero, end, residual, requantised(total, end, residual))
 

@@ -38,17 +38,23 @@ def build(layer: IntegerLayer) -> tirx.PrimFunc:
     """The kernel, for any batch; arguments: see :meth:`anncvt.runtime.kernels.integer_plan.Plan.build`."""
     batch = tirx.Var("n", "int32")
     planes, form = blocks(layer.out_channels), form_of(layer)
-    shapes = {"x": (batch, *layer.in_shape), "weight": (planes, *layer.kernel, LANES)}
+    shapes = {"x": (batch, *layer.in_shape), "weight": (planes, 1, *layer.kernel, 1, LANES)}
     shapes = arguments(layer, shapes, planes * LANES, batch)
     dtypes = {**DTYPES, "weight": form.weight, "y": layer.result}
     return function(shapes, lambda **buffers: _emit(layer, form, batch, buffers), dtypes)
 
 
 def pack_weight(layer: IntegerLayer, weight: np.ndarray) -> np.ndarray:
-    """``[C, 1, kh, kw]`` as ``[blocks, kh, kw, 16]``."""
+    """``[C, 1, kh, kw]`` as ``[blocks, 1, kh, kw, 1, 16]``."""
     full = np.zeros((blocks(layer.out_channels) * LANES, *layer.kernel), form_of(layer).weight)
     full[: layer.out_channels] = weight[:, 0]
-    return np.ascontiguousarray(full.reshape(-1, LANES, *layer.kernel).transpose(0, 2, 3, 1))
+    split = full.reshape(-1, 1, LANES, 1, *layer.kernel)
+    return np.ascontiguousarray(split.transpose(0, 1, 4, 5, 3, 2))
+
+
+def weight_cells(layer: IntegerLayer) -> Cells:
+    """How the input channels of a filter, which is one, lie in its weights."""
+    return Cells(1, 1, 1, 1, layer.kernel[1])
 
 
 def _rows(layer: IntegerLayer) -> int:

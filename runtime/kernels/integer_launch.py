@@ -15,7 +15,7 @@ from anncvt.runtime.geometry import expand_padding
 from anncvt.runtime.kernels import cache
 from anncvt.runtime.kernels.deployment import Deployment
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
-from anncvt.runtime.kernels.integer_pack import Requantisation, check, totals
+from anncvt.runtime.kernels.integer_pack import Requantisation, check, totals_of
 from anncvt.runtime.kernels.integer_plan import Plan
 from anncvt.runtime.kernels.layer import LANES, blocks
 from anncvt.runtime.kernels.spec import as_pair
@@ -57,7 +57,7 @@ class IntegerOperator:
         check(weight := np.asarray(weight), zero)
         self._weight, self._zero, self._end = weight, zero, end
         self._window = (as_pair(stride), expand_padding(padding), as_pair(dilation), groups)
-        self._totals = "long" if end is None else totals(mode, self._weight, end)
+        self._totals = "long" if end is None else totals_of(mode, self._weight, end)
         self._mode = mode
         self._constants: dict[bool, list[Tensor]] = {}
         self._calls: dict[tuple[int, tuple[int, ...], bool], _Call] = {}

@@ -15,6 +15,21 @@ from anncvt.runtime.kernels.layer import LANES, blocks
 PARAMETERS = ("zero", "shift", "low", "high", "residual")
 
 
+def totals(factor: int, multiplier: int, bias: int, share: int, shift: int) -> str:
+    """How long the totals of a layer may become, see :class:`IntegerLayer`.
+
+    Args:
+        factor: the most that a sum may be of the largest input: taps, or the sum of a filter's absolute weights.
+        multiplier, bias, share: the largest of the layer, by magnitude (``share``: what a residual is multiplied by).
+        shift: 1 to 31.
+    """
+    # Sums of maxima, and the corrections they need, are up to twice the result.
+    sums, rest = 2 * 255 * factor * multiplier, bias + 255 * abs(share) + (1 << shift)
+    if max(sums, sums // 2 + rest) < 1 << 31:
+        return "short"
+    return "long" if (sums + rest) >> shift < (1 << 31) - 2 else "wide"
+
+
 @dataclass(frozen=True)
 class IntegerLayer:
     """One layer for any batch size.

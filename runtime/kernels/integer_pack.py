@@ -9,7 +9,7 @@ import numpy as np
 from anncvt.errors import AnncvtError
 from anncvt.runtime.kernels.integer import cells_of
 from anncvt.runtime.kernels.integer_forms import Form
-from anncvt.runtime.kernels.integer_layer import IntegerLayer
+from anncvt.runtime.kernels.integer_layer import IntegerLayer, totals
 from anncvt.runtime.kernels.integer_tiling import IntegerTiling, panels_of
 
 #: Taps of one output whose sums, twice over, fit int32.
@@ -59,7 +59,7 @@ def check(weight: np.ndarray, zero: int) -> None:
         )
 
 
-def totals(mode: str, weight: np.ndarray, requantisation: Requantisation) -> str:
+def totals_of(mode: str, weight: np.ndarray, end: Requantisation) -> str:
     """How long the totals of a layer may become, see :class:`anncvt.runtime.kernels.integer_layer.IntegerLayer`.
 
     Raises:
@@ -67,15 +67,11 @@ def totals(mode: str, weight: np.ndarray, requantisation: Requantisation) -> str
     """
     taps = weight[0].size
     factor = int(np.abs(weight.astype(np.int64)).reshape(len(weight), -1).sum(1).max()) if mode == "conv" else taps
-    # Sums of maxima, and the corrections they need, are up to twice the result.
-    sums = 2 * 255 * factor * max(abs(int(m)) for m in requantisation.multiplier)
-    rest = max(abs(int(b)) for b in requantisation.offset) + 255 * abs(requantisation.residual)
-    rest += 1 << requantisation.shift
-    if sums + rest >= 1 << 63:
+    multiplier = max(abs(int(m)) for m in end.multiplier)
+    bias = max(abs(int(b)) for b in end.offset)
+    if 2 * 255 * factor * multiplier + bias + 255 * abs(end.residual) + (1 << end.shift) >= 1 << 63:
         raise AnncvtError("the result before the shift may not fit int64", where="requantisation", fix="scale it down")
-    if max(sums, sums // 2 + rest) < 1 << 31:
-        return "short"
-    return "long" if (sums + rest) >> requantisation.shift < 1 << 31 else "wide"
+    return totals(factor, multiplier, bias, end.residual, end.shift)
 
 
 def pack_weight(layer: IntegerLayer, form: Form, cut: IntegerTiling, weight: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from tvm import tirx
 from tvm.target import codegen
 
 from anncvt.errors import AnncvtError
-from anncvt.runtime.kernels import fixed_point, inference
+from anncvt.runtime.kernels import fixed_point, inference, integer_depthwise
 from anncvt.runtime.kernels.deployment import Deployment
 from anncvt.runtime.kernels.integer import cells_of
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
@@ -105,8 +105,6 @@ class Kernel:
 def kernels(layers: Iterable[Layer | IntegerLayer], chosen: Sequence[Level], *, fixed: bool = False) -> list[Kernel]:
     """What is to be compiled for ``layers`` (one image each), without repetitions.
 
-    Depthwise integer layers are left to the library's own loops.
-
     Args:
         fixed: layers of floats get a kernel in 16-bit fixed point besides, where there is one; whether it may be used
             depends on the weights.
@@ -114,7 +112,7 @@ def kernels(layers: Iterable[Layer | IntegerLayer], chosen: Sequence[Level], *, 
     Raises:
         AnncvtError: ``fixed``, and none of the instruction sets is faster in it.
     """
-    distinct = [layer for layer in dict.fromkeys(layers) if not (isinstance(layer, IntegerLayer) and layer.depthwise)]
+    distinct = list(dict.fromkeys(layers))
     found = [
         Kernel(layer, level, index)
         for level in chosen
@@ -189,8 +187,8 @@ def _row(kernel: Kernel) -> str:
     deployment = Deployment.parse(kernel.level.target)
     layer = kernel.layer
     if isinstance(layer, IntegerLayer):
-        kind = "CONVOLUTION" if layer.mode == "conv" else "ADDER"
-        head = f"INTEGER_{kind}, {kernel.level.number}, {_geometry(layer)}, {int(layer.blocked)}, 0, 0"
+        kind = "INTEGER_ADDER" if layer.mode == "adder" else f"{'INTEGER' if layer.blocked else 'IMAGE'}_CONVOLUTION"
+        head = f"{kind}, {kernel.level.number}, {_geometry(layer)}, {int(layer.blocked)}, 0, 0"
         end = f"{{{int(layer.result == 'uint8')}, {int(layer.residual)}, 0, 0, 0, 0}}"
         return f"{head}, {end}, {_panels(kernel.name, Plan.of(layer, deployment))}"
     kind, layer = ("FIXED" if layer.mode == "fixed" else "FLOAT"), _float_layer(layer, deployment)
@@ -221,10 +219,11 @@ def _float(value: float) -> str:
 
 def _panels(name: str, plan: Plan) -> str:
     """``struct Panels``."""
-    form, cut, cells = plan.form, plan.cut, cells_of(plan.layer, plan.form)
+    layer, form, cut = plan.layer, plan.form, plan.cut
+    cells = integer_depthwise.weight_cells(layer) if layer.depthwise else cells_of(layer, form)
     together = form.together or form.group
-    panels = -(-plan.layer.filters // (cut.vectors * form.lanes))
+    panels = -(-(layer.out_channels if layer.depthwise else layer.filters) // (cut.vectors * form.lanes))
     size = np.dtype(form.weight).itemsize
     numbers = [panels, cut.vectors, form.lanes, form.group, together, cells.number, cells.size, cells.columns, size]
-    flags = [int(form.maxima), int(form.source != "uint8")]
+    flags = [int(form.maxima), int(form.source != "uint8"), ("short", "long").index(layer.totals)]
     return f"{{{', '.join(map(str, numbers + flags))}, order_{name}}}"

@@ -1,4 +1,4 @@
-/* Ops between adders: changes of layout, the end of sums that standard operators made, pooling. */
+/* Ops between adders: changes of layout, pooling. */
 #include <string.h>
 
 #include "op.h"
@@ -22,25 +22,6 @@ static OrtStatus *change_layout(const Kernel *kernel, OrtKernelContext *context,
     char *to = y + image * (to_blocks ? blocked : plain);
     TRY((to_blocks ? block : unblock)(context, from, to, channels, pixels, bytes));
   }
-  return NULL;
-}
-
-static OrtStatus *requantise(const Kernel *kernel, OrtKernelContext *context, const Input *inputs) {
-  const int64_t *size = inputs[0].dimensions;
-  if (inputs[0].rank != kernel->op->rank) return refuse("ai.anncvt: RequantiseInteger takes [N, C, H, W]");
-  for (int i = 1; i < 3; ++i)
-    if (inputs[i].rank != 1 || inputs[i].dimensions[0] != size[1])
-      return refuse("ai.anncvt: what RequantiseInteger has for each channel must be [C]");
-  const Layer sums = {size[1], size[2], size[3], size[1], {1, 1}, {1, 1}, {0}, {1, 1}, 1};
-  const int64_t shape[] = {size[0], blocks(size[1]), size[2], size[3], LANES};
-  const int64_t step = size[1] * size[2] * size[3], out_step = shape[1] * size[2] * size[3] * LANES;
-  OrtValue *value;
-  uint8_t *y;
-  TRY(KernelContext_GetOutput(context, 0, shape, 5, &value));
-  TRY(GetTensorMutableData(value, (void **)&y));
-  for (int64_t image = 0; image < size[0]; ++image)
-    TRY(fuse_integer(context, &sums, &kernel->epilogue, (const int32_t *)inputs[0].data + image * step, inputs[1].data,
-                     inputs[2].data, NULL, y + image * out_step));
   return NULL;
 }
 
@@ -94,7 +75,6 @@ static OrtStatus *max_pool(const Kernel *kernel, OrtKernelContext *context, cons
 }
 
 OrtStatus *compute_between(const Kernel *kernel, OrtKernelContext *context, const Input *inputs) {
-  if (kernel->op->op == REQUANTISE) return requantise(kernel, context, inputs);
   if (kernel->op->op == MAX_POOL) return max_pool(kernel, context, inputs);
   return change_layout(kernel, context, inputs);
 }

@@ -49,7 +49,7 @@ static int same_layer(const Layer *a, const Layer *b, int any_size) {
   return memcmp(a, &other, sizeof other) == 0;
 }
 
-const Compiled *find_compiled(int kind, const Layer *layer, const Epilogue *epilogue, const Compiled *like) {
+const Compiled *find_compiled(int kind, const Layer *layer, const Epilogue *epilogue, int totals, const Compiled *like) {
   const Compiled *best = NULL;
   for (int i = 0; i < compiled_count; ++i) {
     const Compiled *kernel = &compiled_kernels[i];
@@ -60,7 +60,9 @@ const Compiled *find_compiled(int kind, const Layer *layer, const Epilogue *epil
       continue;
     if (!same_layer(&kernel->layer, layer, !like)) continue;
     if (like ? kernel->level != like->level : !supported(kernel->level)) continue;
-    if (!best || kernel->level > best->level) best = kernel;
+    if (of_bytes(kind) && kernel->panels.totals < totals) continue;
+    const int same = best && kernel->level == best->level; /* then the one that does less is faster */
+    if (!best || kernel->level > best->level || (same && kernel->panels.totals < best->panels.totals)) best = kernel;
   }
   return best;
 }
@@ -113,8 +115,8 @@ OrtStatus *call_compiled(const OrtKernelContext *context, const Compiled *kernel
     ADD(constants + places.third, code, bits, FIXED_NUMBERS);
   } else {
     const Panels *panels = &kernel->panels;
-    const int64_t all = layer->groups * panels->panels, lanes = panels->vectors * panels->lanes;
-    ADD(constants + places.weight, kernel->kind == INTEGER_ADDER ? CODE_UINT : CODE_INT, 8 * panels->bytes, all,
+    const int64_t all = panel_groups(layer) * panels->panels, lanes = panels->vectors * panels->lanes;
+    ADD(constants + places.weight, convolves(kernel->kind) ? CODE_INT : CODE_UINT, 8 * panels->bytes, all,
         panels->cells, layer->kernel[0], panels->columns, panels->cell / panels->group, lanes * panels->group);
     ADD(constants + places.first, CODE_INT, 32, all * lanes);
     if (fused) ADD(constants + places.second, CODE_INT, 64, all * lanes);

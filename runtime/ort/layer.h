@@ -26,13 +26,17 @@ typedef struct {
 } Layer;
 
 /* FIXED_ADDER: floats in and out, 16-bit fixed point inside. An integer adder ends with int32 sums, fused with bytes; a
-   convolution is always fused, and its x plain. */
-enum { FLOAT_ADDER, FIXED_ADDER, INTEGER_ADDER, INTEGER_CONVOLUTION };
+   convolution is always fused, that of an image reads a plain x. */
+enum { FLOAT_ADDER, FIXED_ADDER, INTEGER_ADDER, INTEGER_CONVOLUTION, IMAGE_CONVOLUTION };
 enum { WEIGHT_ZERO = 128 }; /* of a convolution's weights */
-static inline int of_bytes(int kind) { return kind == INTEGER_ADDER || kind == INTEGER_CONVOLUTION; }
+static inline int of_bytes(int kind) { return kind >= INTEGER_ADDER; }
+static inline int convolves(int kind) { return kind >= INTEGER_CONVOLUTION; }
+/* How long the totals become that fused integers are made of: 32 bits; 32 bits when they are shifted; longer. */
+enum { SHORT, LONG, WIDE };
 enum { FIXED_NUMBERS = 6 }; /* fixed_point.RANGE */
 
-/* Weights of an integer kernel: [panels, cells, kh, kw, steps, vectors, group/together, lanes, together]. */
+/* Weights of an integer kernel: [panels, cells, kh, kw, steps, vectors, group/together, lanes, together]. Where channels
+   meet only themselves they are one long row of lanes, as if of one group. */
 typedef struct {
   int panels;            /* of one group */
   int vectors, lanes;    /* a panel is vectors * lanes outputs */
@@ -42,6 +46,7 @@ typedef struct {
   int bytes;             /* of a weight */
   int maxima;            /* the kernel sums max(x, w): base holds the sum of the weights */
   int centred;           /* the kernel subtracts the zero point from x */
+  int totals;            /* the longest that the kernel can compute: SHORT or LONG */
   const int16_t *order;  /* output of each lane of a panel */
 } Panels;
 
@@ -85,6 +90,13 @@ static inline int64_t taps_of(const Layer *layer) {
   return depth_of(layer) * layer->kernel[0] * layer->kernel[1];
 }
 
+static inline int is_depthwise(const Layer *layer) {
+  return layer->groups > 1 && layer->groups == layer->channels && layer->groups == layer->outputs;
+}
+
+/* Groups whose outputs have panels of their own. */
+static inline int64_t panel_groups(const Layer *layer) { return is_depthwise(layer) ? 1 : layer->groups; }
+
 /* Output columns whose tap in kernel column `s` lies inside the image: from *first to before *last. */
 static inline void inside(const Layer *layer, int64_t s, int64_t *first, int64_t *last) {
   const int64_t shift = layer->pads[1] - s * layer->dilations[1], step = layer->strides[1], width = out_width(layer);
@@ -121,9 +133,9 @@ void pack_integer(const Compiled *kernel, const uint8_t *weight, uint8_t zero, c
                   const int64_t *bias, const Epilogue *end, char *memory);
 
 /* compiled.c: the best compiled kernel for a layer of any size on this processor, or the one for its size whose
-   constants are those of `like`, or NULL; calling it, kernels of floats for one image only. note_layer: a layer with
+   constants are those of `like`, or NULL; totals: how long they become. Calling it, kernels of floats for one image only. note_layer: a layer with
    constant weights got `compiled`, see anncvt_layers(). */
-const Compiled *find_compiled(int kind, const Layer *layer, const Epilogue *epilogue, const Compiled *like);
+const Compiled *find_compiled(int kind, const Layer *layer, const Epilogue *epilogue, int totals, const Compiled *like);
 void note_layer(const Compiled *compiled);
 OrtStatus *call_compiled(const OrtKernelContext *context, const Compiled *kernel, int64_t images, const void *x,
                          const char *constants, const void *residual, void *y);

@@ -4,7 +4,7 @@
 
 #include "layer.h"
 
-enum { ADDER, CONVOLUTION, BLOCK, UNBLOCK, REQUANTISE, MAX_POOL }; /* what an op does */
+enum { ADDER, CONVOLUTION, BLOCK, UNBLOCK, MAX_POOL }; /* what an op does */
 enum { MOST_RANK = 5 };
 
 typedef struct {
@@ -25,6 +25,7 @@ typedef struct {
   int64_t channels; /* of Unblock */
   uint8_t pad_value;
   const Compiled *compiled; /* for this layer at some size */
+  int totals;               /* of constant weights, for which there is such a kernel */
   char *constants;          /* packed for it, where the weights are constant */
 } Kernel;
 

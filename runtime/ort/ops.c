@@ -118,7 +118,6 @@ static OrtStatus *read_attributes(const OrtKernelInfo *info, Kernel *kernel) {
   }
   kernel->epilogue.fused = op->fused;
   kernel->epilogue.residual = op->residual;
-  if (op->op == REQUANTISE) return read_integer_attributes(info, kernel);
   if (op->op == MAX_POOL) TRY(read_array(info, "kernel_shape", kernel->layer.kernel, 2));
   TRY(read_window(info, &kernel->layer));
   if (op->op == MAX_POOL)
@@ -146,16 +145,13 @@ static OrtStatus *check_lanes(const Kernel *kernel, const Input *scale, const In
 }
 
 static int kind_of(const Kernel *kernel) {
-  if (kernel->op->op == CONVOLUTION) return INTEGER_CONVOLUTION;
+  if (kernel->op->op == CONVOLUTION) return takes_blocks(kernel->op) ? INTEGER_CONVOLUTION : IMAGE_CONVOLUTION;
   return of_integers(kernel->op) ? INTEGER_ADDER : FLOAT_ADDER;
 }
 
-/* Depthwise layers of integers and convolutions in groups are left to plain loops. */
+/* Convolutions of an image in groups are left to plain loops. */
 static int left_to_loops(const Kernel *kernel) {
-  const Layer *layer = &kernel->layer;
-  if (kernel->op->op == CONVOLUTION) return layer->groups > 1;
-  return of_integers(kernel->op) && layer->groups > 1 && layer->groups == layer->channels &&
-         layer->groups == layer->outputs;
+  return kind_of(kernel) == IMAGE_CONVOLUTION && kernel->layer.groups > 1;
 }
 
 static void pack(const Kernel *kernel, const Compiled *compiled, const Input *inputs, char *memory) {
@@ -167,29 +163,31 @@ static void pack(const Kernel *kernel, const Compiled *compiled, const Input *in
     (compiled->kind == FIXED_ADDER ? pack_fixed : pack_float)(compiled, inputs[1].data, first, second, memory);
 }
 
-/* Whether what a fused integer layer shifts certainly fits 32 bits after the shift: compiled kernels keep no more. */
-static int narrow(const Kernel *kernel, const Layer *layer, const Input *inputs) {
+/* How long what a fused integer layer shifts may become; compiled kernels know no WIDE. As `totals` in integer_layer.py. */
+static int totals_of(const Kernel *kernel, const Layer *layer, const Input *inputs) {
   const Epilogue *end = &kernel->epilogue;
   double multiplier = 0, bias = 0;
-  if (!end->fused || !of_integers(kernel->op)) return 1;
+  if (!end->fused || !of_integers(kernel->op)) return SHORT;
   for (int64_t o = 0; o < layer->outputs; ++o) {
     multiplier = fmax(multiplier, fabs((double)((const int32_t *)inputs[2].data)[o]));
     bias = fmax(bias, fabs((double)((const int64_t *)inputs[3].data)[o]));
   }
   /* Kernels that sum up maxima have twice the sums on the way, those that subtract no zero point of a convolution, too. */
   const double weight = kernel->op->op == CONVOLUTION ? WEIGHT_ZERO : 1;
-  const double total = 2 * 255 * weight * multiplier * taps_of(layer) + bias + 255 * fabs((double)end->share);
-  return ldexp(total, -end->bits) + 1 < INT32_MAX - 1;
+  const double sums = 2 * 255 * weight * multiplier * taps_of(layer);
+  const double rest = bias + 255 * fabs((double)end->share) + ldexp(1, end->bits);
+  if (fmax(sums, sums / 2 + rest) < 1ll << 31) return SHORT;
+  return ldexp(sums + rest, -end->bits) < INT32_MAX - 1 ? LONG : WIDE;
 }
 
 /* The best kernel for constant weights: in fixed point if there is one and they allow it. */
 static const Compiled *find_for(const Kernel *kernel, const Input *inputs) {
   const Layer *layer = &kernel->layer;
   if (!of_integers(kernel->op)) {
-    const Compiled *fixed = find_compiled(FIXED_ADDER, layer, &kernel->epilogue, NULL);
+    const Compiled *fixed = find_compiled(FIXED_ADDER, layer, &kernel->epilogue, SHORT, NULL);
     if (fixed && suits_fixed(layer, inputs[1].data)) return fixed;
   }
-  return find_compiled(kind_of(kernel), layer, &kernel->epilogue, NULL);
+  return find_compiled(kind_of(kernel), layer, &kernel->epilogue, kernel->totals, NULL);
 }
 
 /* Weights that never change are packed once. */
@@ -203,7 +201,8 @@ static OrtStatus *prepare(const OrtKernelInfo *info, Kernel *kernel) {
   }
   TRY(take_weight(&inputs[1], &kernel->layer));
   if (kernel->epilogue.fused) TRY(check_lanes(kernel, &inputs[2], &inputs[3]));
-  if (left_to_loops(kernel) || !narrow(kernel, &kernel->layer, inputs)) return NULL;
+  kernel->totals = totals_of(kernel, &kernel->layer, inputs);
+  if (left_to_loops(kernel) || kernel->totals == WIDE) return NULL;
   kernel->compiled = find_for(kernel, inputs);
   note_layer(kernel->compiled);
   if (!kernel->compiled) return NULL;
@@ -297,9 +296,10 @@ static OrtStatus *compute_image(const Call *call, const char *x, const char *res
 static OrtStatus *choose(Call *call, Scratch *scratch) {
   const Kernel *kernel = call->kernel;
   const Compiled *like = kernel->compiled;
-  if (!like && !narrow(kernel, &call->layer, call->inputs)) return NULL;
-  if (!like) like = find_compiled(kind_of(kernel), &call->layer, &kernel->epilogue, NULL);
-  if (like) call->compiled = find_compiled(like->kind, &call->layer, &kernel->epilogue, like);
+  const int totals = like ? kernel->totals : totals_of(kernel, &call->layer, call->inputs);
+  if (totals == WIDE) return NULL;
+  if (!like) like = find_compiled(kind_of(kernel), &call->layer, &kernel->epilogue, totals, NULL);
+  if (like) call->compiled = find_compiled(like->kind, &call->layer, &kernel->epilogue, totals, like);
   if (!call->compiled) return NULL;
   call->constants = kernel->constants;
   if (!call->constants) {

@@ -10,7 +10,7 @@ static size_t aligned(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT
 /* Lanes of outputs of all groups. */
 static int64_t panel_lanes(const Compiled *kernel) {
   const Panels *panels = &kernel->panels;
-  return kernel->layer.groups * panels->panels * panels->vectors * panels->lanes;
+  return panel_groups(&kernel->layer) * panels->panels * panels->vectors * panels->lanes;
 }
 
 Packing packing(const Compiled *kernel) {
@@ -71,7 +71,7 @@ static int64_t place(const Panels *panels, int64_t rows, int64_t panel, int64_t 
 
 /* What has to be added to the sums of a filter whose weights add up to `sum`. */
 static int64_t missing(const Compiled *kernel, int64_t sum, uint8_t zero) {
-  if (kernel->kind == INTEGER_CONVOLUTION) return kernel->panels.centred ? 0 : -zero * sum;
+  if (convolves(kernel->kind)) return kernel->panels.centred ? 0 : -zero * sum;
   return kernel->panels.maxima ? sum : 0;
 }
 
@@ -81,15 +81,15 @@ void pack_integer(const Compiled *kernel, const uint8_t *weight, uint8_t zero, c
   const Panels *panels = &kernel->panels;
   const Packing places = packing(kernel);
   const int64_t depth = depth_of(layer), rows = layer->kernel[0], columns = layer->kernel[1];
-  const int64_t filters = layer->outputs / layer->groups, width = panels->vectors * panels->lanes;
-  const int spanned = panels->columns != columns, shift = kernel->kind == INTEGER_CONVOLUTION ? WEIGHT_ZERO : 0;
+  const int64_t groups = panel_groups(layer), filters = layer->outputs / groups, width = panels->vectors * panels->lanes;
+  const int spanned = panels->columns != columns, shift = convolves(kernel->kind) ? WEIGHT_ZERO : 0;
   char *packed = memory + places.weight;
   int32_t *first = (int32_t *)(memory + places.first); /* the multiplier, or what is missing to the sums */
   int64_t *offset = (int64_t *)(memory + places.second);
   const int32_t parameters[PARAMETERS] = {zero, end->bits, (int32_t)end->low, (int32_t)end->high, end->share};
   memset(memory, 0, places.bytes);
   memcpy(memory + places.third, parameters, sizeof parameters);
-  for (int64_t panel = 0; panel < layer->groups * panels->panels; ++panel)
+  for (int64_t panel = 0; panel < groups * panels->panels; ++panel)
     for (int64_t lane = 0; lane < width; ++lane) {
       const int64_t filter = panel % panels->panels * width + panels->order[lane];
       if (filter >= filters) continue;

@@ -8,7 +8,8 @@
    BlockInteger, UnblockInteger, FusedAdderInteger2d(x, w, multiplier, bias), FusedAdderInteger2dResidual(..., residual)
                                                      the same of uint8, requantised in int64
    FusedConvInteger2d(x, w, multiplier, bias)        uint8 [N, C, H, W] -> blocked uint8, requantised convolution
-   RequantiseInteger(sums, multiplier, bias)         int32 [N, C, H, W] -> blocked uint8, as the fused adder's sums
+   FusedConvInteger2dBlocked(x, w, multiplier, bias), FusedConvInteger2dBlockedResidual(..., residual)
+                                                     the same of blocked x
    MaxPoolInteger(x)                                 uint8, blocked
 
    The definitions in standard operators are what anncvt writes into a model. */
@@ -24,9 +25,8 @@ static size_t inputs_of(const OrtCustomOp *op) { return (size_t)((const Op *)op)
 static size_t outputs_of(const OrtCustomOp *op) { return (void)op, (size_t)1; }
 static int type_of(const OrtCustomOp *callbacks, size_t index) {
   const Op *op = (const Op *)callbacks;
-  const size_t multiplier = op->op == REQUANTISE ? 1 : 2;
-  if (op->fused && of_integers(op) && index == multiplier) return TYPE_INT32;
-  if (op->fused && of_integers(op) && index == multiplier + 1) return TYPE_INT64; /* bias */
+  if (op->fused && of_integers(op) && index == 2) return TYPE_INT32; /* multiplier */
+  if (op->fused && of_integers(op) && index == 3) return TYPE_INT64; /* bias */
   return op->type;
 }
 static int result_of(const OrtCustomOp *op, size_t index) { return (void)index, ((const Op *)op)->result; }
@@ -48,11 +48,12 @@ static const Op ops[] = {
     OP(ADDER, 1, 0, "FusedAdderInteger2d", 4, 5, TYPE_UINT8, TYPE_UINT8),
     OP(ADDER, 1, 1, "FusedAdderInteger2dResidual", 5, 5, TYPE_UINT8, TYPE_UINT8),
     OP(CONVOLUTION, 1, 0, "FusedConvInteger2d", 4, 4, TYPE_UINT8, TYPE_UINT8),
+    OP(CONVOLUTION, 1, 0, "FusedConvInteger2dBlocked", 4, 5, TYPE_UINT8, TYPE_UINT8),
+    OP(CONVOLUTION, 1, 1, "FusedConvInteger2dBlockedResidual", 5, 5, TYPE_UINT8, TYPE_UINT8),
     OP(BLOCK, 0, 0, "Block", 1, 4, TYPE_FLOAT, TYPE_FLOAT),
     OP(BLOCK, 0, 0, "BlockInteger", 1, 4, TYPE_UINT8, TYPE_UINT8),
     OP(UNBLOCK, 0, 0, "Unblock", 1, 5, TYPE_FLOAT, TYPE_FLOAT),
     OP(UNBLOCK, 0, 0, "UnblockInteger", 1, 5, TYPE_UINT8, TYPE_UINT8),
-    OP(REQUANTISE, 1, 0, "RequantiseInteger", 3, 4, TYPE_INT32, TYPE_UINT8),
     OP(MAX_POOL, 0, 0, "MaxPoolInteger", 1, 5, TYPE_UINT8, TYPE_UINT8),
 };
 enum { OPS = sizeof ops / sizeof *ops };

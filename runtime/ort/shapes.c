@@ -48,7 +48,7 @@ OrtStatus *infer(const OrtCustomOp *callbacks, OrtShapeInferContext *context) {
   const int64_t *size = x.dimensions;
   if (x.rank != op->rank || !known(size + 1, op->rank - 1) || (size[0] < 1 && !*batch)) return NULL;
   int64_t shape[] = {size[0], size[1], size[2], size[3], LANES};
-  if (op->op == BLOCK || op->op == REQUANTISE) {
+  if (op->op == BLOCK) {
     shape[1] = blocks(size[1]);
     return set_shape(context, op->result, shape, 5, batch);
   }

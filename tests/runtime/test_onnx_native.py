@@ -42,14 +42,24 @@ LAYERS = [
 FUSED = [((0.0, math.inf), True), ((0.5, 1.0), False)]
 FUSED_CASE = LAYERS[7]
 #: Fused integer layers that the library has kernels for, and whether they have a residual.
-FUSED_INTEGERS = [(LAYERS[0], False), (LAYERS[3], True), (LAYERS[4], False), (LAYERS[7], True)]
+FUSED_INTEGERS = [(LAYERS[0], False), (LAYERS[3], True), (LAYERS[4], False), (LAYERS[6], False), (LAYERS[7], True)]
+#: One of them of which there is a second kernel, for totals that need more than 32 bits.
+LONG_INTEGERS = LAYERS[7]
+LONG_SHIFT = 25
 
 
-#: Convolutions that the library has kernels for: windows whose columns are side by side, and others.
-CONVOLUTIONS = [
+#: Convolutions of an image that the library has kernels for: windows whose columns are side by side, and others.
+IMAGE_CONVOLUTIONS = [
     Case(channels=3, outputs=33, size=(13, 12), kernel=(7, 7), stride=(2, 2), padding=(3, 3)),
     Case(channels=1, outputs=5, padding=(0, 2, 1, 0), dilation=(1, 2)),
     Case(channels=20, outputs=16, size=(5, 6)),
+]
+#: The same of blocked inputs, and whether they have a residual: dense, depthwise, in groups.
+CONVOLUTIONS = [
+    (LAYERS[0], True),
+    (LAYERS[5], False),
+    (LAYERS[6], False),
+    (dataclasses.replace(LAYERS[6], groups=48), True),
 ]
 
 
@@ -124,18 +134,26 @@ def spread(case: Case, *, shift: int = 12, low: int = 0, high: int = 255, residu
     return Epilogue(multiplier, bias, shift, low, high, residual)
 
 
-def convolution(case: Case, zero: int = 7) -> tuple[onnx.ModelProto, dict[str, np.ndarray], np.ndarray]:
-    """The layer as a convolution with an epilogue, from plain to blocked integers."""
+def convolution(
+    case: Case, zero: int = 7, *, blocked: bool = False, residual: bool = False
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray], np.ndarray]:
+    """The layer as a convolution with an epilogue, to blocked integers, from ``blocked`` or plain ones."""
     random = np.random.default_rng(0)
-    x, weight = (random.integers(0, 256, tensor.shape).astype(np.uint8) for tensor in case.tensors()[:2])
+    x, weight, other = (random.integers(0, 256, tensor.shape).astype(np.uint8) for tensor in case.tensors())
     taps, filters = weight[0].size, len(weight)
     multiplier = (random.uniform(0.5, 1.5, filters) * 60 * 2**16 / (1e4 * taps**0.5)).astype(np.int32)
-    end = Epilogue(multiplier, np.full(filters, 128 << 16) + random.integers(0, 1 << 16, filters), 16, 2, 250, 0)
+    bias = np.full(filters, 128 << 16) + random.integers(0, 1 << 16, filters)
+    end = Epilogue(multiplier, bias, 16, 2, 250, 20000 * residual)
     sums = integer.convolution(x, (weight.astype(np.int16) - 128).astype(np.int8), window_of(case), zero)
     constants = {"w": weight, "multiplier": multiplier, "bias": end.bias}
     settings = attributes(window_of(case), pad_value=zero, shift=end.shift, low=end.low, high=end.high)
-    model = node_model("FusedConvInteger2d", {"x": x}, constants, settings, "uint8")
-    return model, {"x": x}, to_blocks(end.apply(sums, None))
+    inputs = {"x": to_blocks(x) if blocked else x}
+    if residual:
+        inputs["residual"], settings["residual_multiplier"] = to_blocks(other), end.residual_multiplier
+    op = "FusedConvInteger2d" + "Blocked" * blocked + "Residual" * residual
+    model = node_model(op, inputs, constants, settings, "uint8")
+    model.graph.node[0].input[:] = ["x", *constants, *list(inputs)[1:]]
+    return model, inputs, to_blocks(end.apply(sums, other if residual else None))
 
 
 def placed(array: np.ndarray, offset: int) -> np.ndarray:
@@ -178,7 +196,9 @@ def models(tmp_path_factory):
     found = [make(case)[0] for case in LAYERS for make in (floats, integers)]
     found += [fused(*settings)[0] for settings in FUSED]
     found += [fused_integers(case, spread(case), residual=residual)[0] for case, residual in FUSED_INTEGERS]
-    found += [convolution(case)[0] for case in CONVOLUTIONS]
+    found.append(fused_integers(LONG_INTEGERS, spread(LONG_INTEGERS, shift=LONG_SHIFT), residual=True)[0])
+    found += [convolution(case)[0] for case in IMAGE_CONVOLUTIONS]
+    found += [convolution(case, blocked=True, residual=residual)[0] for case, residual in CONVOLUTIONS]
     return write(tmp_path_factory.mktemp("models"), found)
 
 
@@ -251,8 +271,7 @@ def test_compiled_integers(library, case):
     before = compiled_calls(library)
     (y,) = native_session(model, library).run(None, inputs)
     np.testing.assert_array_equal(y, expected)
-    depthwise = case.channels == case.outputs == 1
-    assert compiled_calls(library) - before == (0 if depthwise else case.batch)
+    assert compiled_calls(library) - before == case.batch
 
 
 @settings(max_examples=60, deadline=None)
@@ -396,22 +415,37 @@ def test_compiled_fused_integers(library, case, residual, offset):
         assert compiled_calls(library) - before == (offset == 0)
 
 
-@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("case", "blocked", "residual"),
+    [*((case, False, False) for case in IMAGE_CONVOLUTIONS), *((case, True, other) for case, other in CONVOLUTIONS)],
+    ids=str,
+)
 @pytest.mark.parametrize("offset", [0, 16])
-def test_compiled_convolutions(library, case, offset):
-    model, inputs, expected = convolution(case)
+def test_compiled_convolutions(library, case, blocked, residual, offset):
+    model, inputs, expected = convolution(case, blocked=blocked, residual=residual)
     before = compiled_calls(library)
-    (y,) = native_session(model, library).run(None, {"x": placed(inputs["x"], offset)})
+    (y,) = native_session(model, library).run(None, {name: placed(x, offset) for name, x in inputs.items()})
     np.testing.assert_array_equal(y, expected, strict=True)
     assert len(np.unique(y)) > 50
     assert compiled_calls(library) - before == (offset == 0)
 
 
-@settings(max_examples=40, deadline=None)
-@given(case=cases(), zero=st.integers(0, 255))
-def test_any_convolution(loops, case, zero):
-    model, inputs, expected = convolution(case, zero)
-    assert_native_and_by_definition(model, loops, inputs["x"], expected)
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), zero=st.integers(0, 255), kind=st.sampled_from([(False, False), (True, False), (True, True)]))
+def test_any_convolution(loops, case, zero, kind):
+    model, inputs, expected = convolution(case, zero, blocked=kind[0], residual=kind[1])
+    assert_native_and_by_definition(model, loops, inputs, expected)
+
+
+def test_compiled_kernels_of_longer_totals(library):
+    """A kernel in 32 bits is left alone where totals need more; another one of the layer takes its place."""
+    for case, residual in FUSED_INTEGERS:
+        end = spread(case, shift=LONG_SHIFT, residual=2**20 * residual)
+        model, inputs, expected = fused_integers(case, end, residual=residual)
+        before = compiled_calls(library)
+        aligned = {name: placed(array, 0) for name, array in inputs.items()}
+        np.testing.assert_array_equal(native_session(model, library).run(None, aligned)[0], expected)
+        assert compiled_calls(library) - before == (case is LONG_INTEGERS)
 
 
 def test_what_compiled_kernels_might_cut_off(library):
@@ -441,24 +475,13 @@ def test_any_fused_integer_layer(loops, case, data):
     np.testing.assert_array_equal(native_session(model, loops).run(None, inputs)[0], expected)
 
 
-def assert_native_and_by_definition(model, loops, x, expected):
+def assert_native_and_by_definition(model, loops, inputs, expected):
     """The op of one node, in the library and as its definition says."""
-    (y,) = native_session(model, loops, threads=2).run(None, {"x": x})
+    (y,) = native_session(model, loops, threads=2).run(None, inputs)
     np.testing.assert_array_equal(y, expected, strict=True)
     model.functions.extend(integer_functions(18))
     stock = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    np.testing.assert_array_equal(stock.run(None, {"x": x})[0], expected, strict=True)
-
-
-@pytest.mark.parametrize("case", [LAYERS[0], LAYERS[3], LAYERS[6]], ids=str)
-def test_requantisation(loops, case):
-    """Of more pixels than a task has, and of sums that leave the range."""
-    end = dataclasses.replace(spread(case, low=3, high=250), multiplier=spread(case).multiplier * 3)
-    sums = -np.random.default_rng(0).integers(0, 1 << 15, (2, case.outputs * case.groups, 19, 17)).astype(np.int32)
-    constants = {"multiplier": end.multiplier, "bias": end.bias}
-    bounds = {"shift": end.shift, "low": end.low, "high": end.high}
-    model = node_model("RequantiseInteger", {"x": sums}, constants, bounds, "uint8")
-    assert_native_and_by_definition(model, loops, sums, to_blocks(end.apply(sums, None)))
+    np.testing.assert_array_equal(stock.run(None, inputs)[0], expected, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -475,15 +498,10 @@ def test_max_pool(loops, kernel, window):
     settings = {**attributes(window), "kernel_shape": list(kernel)}
     del settings["group"]
     model = node_model("MaxPoolInteger", {"x": to_blocks(x)}, {}, settings, "uint8")
-    assert_native_and_by_definition(model, loops, to_blocks(x), to_blocks(integer.max_pool(x, kernel, window)))
+    assert_native_and_by_definition(model, loops, {"x": to_blocks(x)}, to_blocks(integer.max_pool(x, kernel, window)))
 
 
-def test_refuses_other_constants_and_windows(loops):
-    sums = np.zeros((1, 3, 2, 2), np.int32)
-    constants = {"multiplier": np.ones(2, np.int32), "bias": np.zeros(3, np.int64)}
-    model = node_model("RequantiseInteger", {"x": sums}, constants, {"shift": 1, "low": 0, "high": 255}, "uint8")
-    with pytest.raises(Exception, match=r"for each channel must be \[C\]"):
-        native_session(model, loops).run(None, {"x": sums})
+def test_refuses_other_windows(loops):
     x = np.zeros((1, 1, 2, 2, 16), np.uint8)
     given_attributes = {"strides": [1, 1], "pads": [0] * 4, "dilations": [1, 1]}
     for kernel, said in [([3, 3], "smaller than the window"), ([0, 1], "must be positive"), ([1], "2 entries")]:

@@ -106,22 +106,23 @@ class _Kernel:
         ):
             with B.serial(tall_tiles) as i, B.serial(wide_tiles) as j:
                 tile = _Tile(y0 + i * tall, x0 + j * wide, tall, wide)
-                accumulator = self._beginning(group, sums, tile)
+                totals = self._beginning(group, sums, tile)
                 at = base + group * (self.cells.number * self.input.plane)
-                self._taps(accumulator, panel, at, source, tile, before + i * wide_tiles + j, tiles)
-                self._results(accumulator, image, row, panel, tile)
+                self._taps(totals, panel, at, source, tile, before + i * wide_tiles + j, tiles)
+                self._results(totals, image, row, panel, tile)
             before += tall_tiles * wide_tiles
 
-    def _beginning(self, group: Any, sums: Any, tile: _Tile) -> Any:
-        """Where the sums of a tile start: at zero, or at what the window takes from ``sum 2*max(x, w)``."""
+    def _beginning(self, group: Any, sums: Any, tile: _Tile) -> list[Any]:
+        """A buffer for each vector of a pixel, with what the sums of a tile start with: zero, or what the window takes
+        from ``sum 2*max(x, w)``."""
         form, vectors = self.form, self.cut.vectors
-        result = B.alloc_buffer((tile.tall * tile.wide * vectors * form.lanes,), form.sums)
+        result = [B.alloc_buffer((tile.tall * tile.wide * form.lanes,), form.sums) for _ in range(vectors)]
         for i, j in itertools.product(range(tile.tall), range(tile.wide)):
             start = tirx.const(0, form.sums)
             if sums is not None:
                 start = sums[(group * self.cut.rows + tile.top + i) * self.width + tile.left + j]
-            for v in range(vectors):
-                B.buffer_store(result, spread(start, form.lanes), [self._sum((i * tile.wide + j) * vectors + v)])
+            for own in result:
+                B.buffer_store(own, spread(start, form.lanes), [self._sum(i * tile.wide + j)])
         return result
 
     def _expect(self, panel: Any, slot: Any, slots: int) -> None:
@@ -139,10 +140,12 @@ class _Kernel:
             at = slot * -(-lines // slots) + line if lines > slots else slot >> (slots // lines).bit_length() - 1
             prefetch(self.weight, (panel + 1) * size + at * each)
 
-    def _sum(self, vector: int) -> Any:
-        return ramp(vector * self.form.lanes, self.form.lanes)
+    def _sum(self, pixel: int) -> Any:
+        return ramp(pixel * self.form.lanes, self.form.lanes)
 
-    def _taps(self, accumulator: Any, panel: Any, base: Any, source: Any, tile: _Tile, number: Any, tiles: int) -> None:
+    def _taps(
+        self, totals: list[Any], panel: Any, base: Any, source: Any, tile: _Tile, number: Any, tiles: int
+    ) -> None:
         layer, form, vectors = self.layer, self.form, self.cut.vectors
         kh, kw = layer.kernel[0], self.cells.columns
         operand = form.group * form.lanes
@@ -162,18 +165,14 @@ class _Kernel:
                 x = source[ramp(origin + pixel + step * form.group, form.group)]
                 for v in range(vectors):
                     w = self.weight[ramp(weights + (step * vectors + v) * operand, operand)]
-                    at = self._sum((i * tile.wide + j) * vectors + v)
+                    at = self._sum(i * tile.wide + j)
                     combine = form.alternate if form.alternate and step % 2 else form.step
-                    B.buffer_store(accumulator, combine(accumulator[at], x, w), [at])
+                    B.buffer_store(totals[v], combine(totals[v][at], x, w), [at])
 
-    def _results(self, accumulator: Any, image: Any, row: Any, panel: Any, tile: _Tile) -> None:
-        layer, vectors = self.layer, self.cut.vectors
-        constants = panel * self.panel
+    def _results(self, totals: list[Any], image: Any, row: Any, panel: Any, tile: _Tile) -> None:
+        layer, constants = self.layer, panel * self.panel
         for i in range(tile.tall):
-            line = [
-                [accumulator[self._sum((i * tile.wide + j) * vectors + v)] for v in range(vectors)]
-                for j in range(tile.wide)
-            ]
+            line = [[own[self._sum(i * tile.wide + j)] for own in totals] for j in range(tile.wide)]
             if layer.out_in_place:
                 self._store(line, constants, image, row + tile.top + i, tile.left)
                 continue

@@ -35,8 +35,9 @@ from anncvt.runtime.kernels.flat import splat
 class Form:
     """One way to compute ``sums + (x meets w)``.
 
-    ``registers`` vectors of ``sums`` fit the register file beside the operands. They must be less than 1 KB: TVM puts
-    larger buffers on the heap, and LLVM leaves them in memory. The outputs of a pixel fill up to ``vectors`` of them.
+    ``registers`` vectors of ``sums`` fit the register file beside the operands. The outputs of a pixel fill up to
+    ``vectors`` of them. What is of one vector, of all pixels, must be less than 1 KB: TVM puts larger buffers on the
+    heap, and LLVM leaves them in memory.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Form:
     quads: Callable[[Any, Any], Any] | None = None
     alternate: Callable[[Any, Any, Any], Any] | None = None  # of step, every other one
     together: int = 0  # channels of one output side by side in the weights of a step; 0: all of them
+    of_rows: int = 0  # registers of a 1x1 layer, whose pixels are one row; 0: as of every other
     packs: bool = False  # there are instructions for :func:`packed`
 
     @property
@@ -100,7 +102,7 @@ def choose(mode: str, architecture: str, features: tuple[str, ...]) -> Form:
 
 def _x86_adder(features: tuple[str, ...]) -> Form:
     if "avx512vnni" in features:
-        return Form("max_dot", 16, 4, 14, 2, _max_dot, quads=_quads, packs=True)
+        return Form("max_dot", 16, 4, 14, 2, _max_dot, quads=_quads, packs=True, of_rows=24)
     if "avx512bw" in features:
         return _sad("llvm.x86.avx512.psad.bw.512", 512, 14)
     if "avx2" in features:
@@ -110,7 +112,7 @@ def _x86_adder(features: tuple[str, ...]) -> Form:
 
 def _x86_convolution(features: tuple[str, ...]) -> Form:
     if "avx512vnni" in features:
-        return Form("dot", 16, 4, 14, 2, _dot, weight="int8", packs=True)
+        return Form("dot", 16, 4, 14, 2, _dot, weight="int8", packs=True, of_rows=24)
     if "avx512bw" in features:
         return _multiply_pairs("llvm.x86.avx512.pmaddw.d.512", 512, 12)
     if "avx2" in features:

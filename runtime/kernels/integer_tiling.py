@@ -87,7 +87,7 @@ def _options(
     size = 2 if form.source == "int16" else 1
     reach = (layer.kernel[0] - 1) * layer.dilation[0] + 1
     pixels = rows * width if layer.pointwise else ((rows - 1) * layer.stride[0] + reach) * layer.size[1]
-    pixels_max = form.registers // vectors
+    pixels_max = (form.of_rows if layer.pointwise and form.of_rows else form.registers) // vectors
     tiles = min(
         (
             (-(-grid[0] // tall) * -(-grid[1] // wide), -(tall * wide), tall, wide)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,9 +63,25 @@ def build(spec: Pool, dtype: str = "float32") -> tirx.PrimFunc:
         first = tirx.if_then_else(start < 0, start + (step - 1 - start) // step * step, start)
         return first, tirx.min(end, size), extent
 
+    def largest(x: Any, plane: Any, i: Any, j: Any, lane: Any) -> Any:
+        """A window without gaps. What is outside the image counts as the nearest pixel, which is in the window too."""
+        found = []
+        for r, s in itertools.product(*map(range, spec.kernel)):
+            row, column = (
+                tirx.max(tirx.min(position * step + tap - before, size - 1), 0)
+                for position, step, tap, before, size in zip(
+                    (i, j), spec.stride, (r, s), (spec.padding.top, spec.padding.left), spec.size, strict=True
+                )
+            )
+            found.append(x[((plane * height + row) * width + column) * LANES + lane])
+        return functools.reduce(tirx.max, found)
+
     def body(x: Any, y: Any) -> None:
         with T.parallel(spec.batch * depth * rows) as line, T.serial(columns) as j:
             plane, i = line // rows, line % rows
+            if spec.mode == "max" and spec.kernel != (0, 0) and spec.dilation == (1, 1):
+                store(y, (line * columns + j) * LANES, lambda lane: largest(x, plane, i, j, lane))
+                return
             total = T.alloc_buffer((LANES,), dtype, scope="local")
             store(total, 0, f32(LOWEST) if spec.mode == "max" and dtype == "float32" else zero(dtype))
             (top, bottom, tall), (left, right, wide) = window(i, 0), window(j, 1)

@@ -62,7 +62,7 @@ def open_session(path: Path, threads: int | None, library: str | Path | None = N
 
 
 def _layers(library: Path) -> list[int]:
-    """Adder layers that sessions of this process were made of so far: all that may have a compiled kernel, those that
+    """Layers that sessions of this process were made of so far: all that may have a compiled kernel, those that
     have one, those in 16-bit fixed point."""
     counts = (ctypes.c_uint64 * 3)()
     ctypes.CDLL(str(library.resolve())).anncvt_layers(counts)

@@ -9,7 +9,7 @@ static atomic_uint_fast64_t calls;
 /* How often compiled kernels ran in this process: tells a test, or a puzzled user, that they do. */
 __attribute__((visibility("default"))) uint64_t anncvt_compiled_calls(void) { return atomic_load(&calls); }
 
-/* Adder layers with constant weights that sessions in this process were made of: all that this kind of library may have a
+/* Layers with constant weights that sessions in this process were made of: all that this kind of library may have a
    compiled kernel for, those that it has one for, those computed in fixed point. */
 static atomic_uint_fast64_t layers[3];
 

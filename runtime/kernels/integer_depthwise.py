@@ -26,27 +26,33 @@ CUT = IntegerTiling(rows=0, panels=1, height=1, width=PIXELS, vectors=1)
 ITEM_BYTES = 32 << 10
 
 
-def form_of(layer: IntegerLayer) -> Form:
-    """One channel per step: widened differences of bytes, or products of 16 bits."""
+def form_of(layer: IntegerLayer, features: tuple[str, ...]) -> Form:
+    """One channel per step: widened differences of bytes, or products of 16 bits.
+
+    Args:
+        layer: a depthwise layer.
+        features: instruction sets (LLVM's names).
+    """
+    packs = "avx512bw" in features
     if layer.mode == "conv":
-        return Form("depthwise", LANES, 1, PIXELS, 1, _product, source="int16", weight="int16")
+        return Form("depthwise", LANES, 1, PIXELS, 1, _product, source="int16", weight="int16", packs=packs)
     short = layer.kernel[0] * layer.kernel[1] <= SHORT_TAPS
-    return Form("depthwise", LANES, 1, PIXELS, 1, _difference, sums="uint16" if short else "int32")
+    return Form("depthwise", LANES, 1, PIXELS, 1, _difference, sums="uint16" if short else "int32", packs=packs)
 
 
-def build(layer: IntegerLayer) -> tirx.PrimFunc:
+def build(layer: IntegerLayer, form: Form) -> tirx.PrimFunc:
     """The kernel, for any batch; arguments: see :meth:`anncvt.runtime.kernels.integer_plan.Plan.build`."""
     batch = tirx.Var("n", "int32")
-    planes, form = blocks(layer.out_channels), form_of(layer)
+    planes = blocks(layer.out_channels)
     shapes = {"x": (batch, *layer.in_shape), "weight": (planes, 1, *layer.kernel, 1, LANES)}
     shapes = arguments(layer, shapes, planes * LANES, batch)
     dtypes = {**DTYPES, "weight": form.weight, "y": layer.result}
     return function(shapes, lambda **buffers: _emit(layer, form, batch, buffers), dtypes)
 
 
-def pack_weight(layer: IntegerLayer, weight: np.ndarray) -> np.ndarray:
+def pack_weight(layer: IntegerLayer, form: Form, weight: np.ndarray) -> np.ndarray:
     """``[C, 1, kh, kw]`` as ``[blocks, 1, kh, kw, 1, 16]``."""
-    full = np.zeros((blocks(layer.out_channels) * LANES, *layer.kernel), form_of(layer).weight)
+    full = np.zeros((blocks(layer.out_channels) * LANES, *layer.kernel), form.weight)
     full[: layer.out_channels] = weight[:, 0]
     split = full.reshape(-1, 1, LANES, 1, *layer.kernel)
     return np.ascontiguousarray(split.transpose(0, 1, 4, 5, 3, 2))

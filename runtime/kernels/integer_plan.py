@@ -28,7 +28,7 @@ class Plan:
     def of(cls, layer: IntegerLayer, deployment: Deployment) -> Plan:
         """The plan for the processor of ``deployment``."""
         if layer.depthwise:
-            return cls(layer, integer_depthwise.form_of(layer), integer_depthwise.CUT)
+            return cls(layer, integer_depthwise.form_of(layer, deployment.features), integer_depthwise.CUT)
         return cls.with_form(layer, integer_forms.choose(layer.mode, deployment.architecture, deployment.features))
 
     @classmethod
@@ -43,7 +43,7 @@ class Plan:
         ``parameters``, as :meth:`pack` makes them; ``residual`` if the layer has one; ``y``.
         """
         if self.layer.depthwise:
-            return integer_depthwise.build(self.layer)
+            return integer_depthwise.build(self.layer, self.form)
         return integer.build(self.layer, self.form, self.cut)
 
     def pack(self, weight: np.ndarray, zero: int, end: Requantisation | None) -> list[np.ndarray]:
@@ -56,7 +56,7 @@ class Plan:
         """
         layer, form, cut = self.layer, self.form, self.cut
         if layer.depthwise:
-            first = integer_depthwise.pack_weight(layer, weight)
+            first = integer_depthwise.pack_weight(layer, form, weight)
             layer = dataclasses.replace(layer, groups=1)  # the constants of one long row of lanes
         else:
             first = integer_pack.pack_weight(layer, form, cut, weight)

@@ -104,13 +104,14 @@ def test_every_form_in_plain_arithmetic(name: str, mode: str, kind: str) -> None
 
 
 @X86
+@pytest.mark.parametrize("totals", ["short", "long"])
 @pytest.mark.parametrize("mode", ["adder", "conv"])
 @pytest.mark.parametrize("level", ["x86-64", "x86-64-v3", "x86-64-v4", "cascadelake"])
-def test_x86_instructions(level: str, mode: str) -> None:
+def test_x86_instructions(level: str, mode: str, totals: str) -> None:
     deployment = Deployment.parse(f"llvm -mcpu={level}")
     if processor.missing(list(deployment.features)):
         pytest.skip(f"this processor is no {level}")
-    layer = IntegerLayer(mode, 40, (9, 9), 48, (3, 3), padding=Padding(1, 1, 1, 1), residual=True)
+    layer = IntegerLayer(mode, 40, (9, 9), 48, (3, 3), padding=Padding(1, 1, 1, 1), residual=True, totals=totals)
     assert_exact(Plan.of(layer, deployment), case(layer, values="extreme"), deployment.target)
 
 

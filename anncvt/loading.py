@@ -161,7 +161,7 @@ def _from_name(model: str, arguments: dict[str, Any], progress: Progress) -> _Lo
         return _Loaded(network, Source(model, model, arguments, folder), {"weights": "factory"})
     source = Source(model, model, arguments)
     if prefix == "hf-hub":
-        with progress.task(f"ask the hub for {model}", None):  # without network, its client tries for 23 seconds
+        with progress.task(f"ask the hub for {model}", None):
             known = zoo.hub_architecture(model)
         source = Source(model, known.arch, {**known.arguments, **arguments})
     try:

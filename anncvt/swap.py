@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, cast
 
 from anncvt.errors import AnncvtError
@@ -20,7 +21,8 @@ def swap(network: nn.Module, plan: Plan) -> int:
     The names in ``state_dict()`` stay; a layer with ``insert_bn`` adds ``NAME.norm.*``. A layer that computes its
     weight from others (weight standardisation, weight norm) becomes an adder of the weight as it is now,
     ``NAME.weight``, and so does a doubled one, of its weight twice. A module that is registered under several names is
-    replaced once and shared again. Adders that are in place already are left alone.
+    replaced once and shared again; layers that share nothing but a weight get one each, because what suits an adder
+    depends on its own inputs. Adders that are in place already are left alone.
 
     Returns:
         How many modules were replaced.
@@ -34,12 +36,16 @@ def swap(network: nn.Module, plan: Plan) -> int:
 
     named = dict(network.named_modules(remove_duplicate=False))
     planned = {layer.name: _checked(layer, named.get(layer.name)) for layer in plan.swapped}
+    holders = Counter(id(p) for module in network.modules() for p in module.parameters(recurse=False))
     adders: dict[int, nn.Module] = {}
     for layer in plan.swapped:
         module = planned[layer.name]
         if not isinstance(module, _AdderNd) and id(module) not in adders:
             with torch.random.fork_rng(devices=[]):  # its own initial weights are thrown away
-                adders[id(module)] = _adder(layer, module)
+                adder = adders[id(module)] = _adder(layer, module)
+                for leaf, parameter in [*adder.named_parameters(recurse=False)]:
+                    if holders[id(parameter)] > 1:  # of several modules
+                        setattr(adder, leaf, torch.nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
     for name, module in named.items():
         if id(module) in adders:
             owner, _, leaf = name.rpartition(".")

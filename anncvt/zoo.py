@@ -7,7 +7,10 @@ import importlib
 import json
 import logging
 import re
+import socket
 import sys
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,7 +153,7 @@ def build(zoo: str, name: str, arguments: Mapping[str, Any], *, pretrained: bool
     timm = import_timm()
     if not name.startswith("hf-hub:") and not timm.is_model(name.partition(".")[0]):
         raise _unknown(zoo, name, timm.list_models())
-    with _quiet_downloads():
+    with _quiet_downloads() if pretrained or name.startswith("hf-hub:") else contextlib.nullcontext():
         return timm.create_model(name, pretrained=pretrained, **arguments)
 
 
@@ -202,14 +205,29 @@ def _largest(value: Any) -> float:
 
 @contextlib.contextmanager
 def _quiet_downloads() -> Iterator[None]:
-    """Without the hub's log of every retry: the caller says once what came of it."""
+    """Without the hub's log of every retry: the caller says once what came of it. Without network, what is cached."""
+    constants: Any = importlib.import_module("huggingface_hub.constants")
     logger = logging.getLogger("huggingface_hub")
-    level = logger.level
+    level, offline = logger.level, constants.HF_HUB_OFFLINE
     logger.setLevel(logging.ERROR)
+    # Its client would try for 23 seconds, for every file anew.
+    constants.HF_HUB_OFFLINE = offline or not _resolves(constants.ENDPOINT)
     try:
         yield
     finally:
         logger.setLevel(level)
+        constants.HF_HUB_OFFLINE = offline
+
+
+def _resolves(url: str) -> bool:
+    """Whether the name of its host is known; a proxy is taken to know it."""
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None)
+    except OSError:
+        return False
+    return True
 
 
 #: Their factories would download a backbone even without weights of their own.

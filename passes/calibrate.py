@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anncvt.errors import AnncvtError
 from anncvt.images import augment, normalise
@@ -29,6 +29,7 @@ from anncvt.passes.fit_layers import LayerFit
 from anncvt.passes.fit_locally import LocalFit
 from anncvt.passes.fit_logits import LogitFit, fit_logits
 from anncvt.passes.initialise import initialise
+from anncvt.passes.objectives import output_loss
 from anncvt.passes.pairing import Pair, channels_last, gradients, pairs
 from anncvt.passes.trace import trace
 from anncvt.program import Plan, Program
@@ -106,9 +107,10 @@ def calibrate(
     graph = trace(teacher, linear=linear).parts[0].graph
     try:
         with gradients(paired, "exact"):
-            student.eval()
+            teachable = _teachable(teacher, student.eval(), draw.plain(order[:2]))
             reached = set() if graph is None else {str(node.target) for node in graph.nodes if node.op == "call_module"}
             _map_unreached(program, paired, reached, draw.plain(order[:256]), state, progress)
+            paired = _called(paired, reached | set(state.layers), progress)
             if graph is not None:
                 local = LocalFit(graph, teacher, student, paired, order, draw.plain, memory, config.layer, config.block)
                 local.layers, local.blocks = state.layers, state.blocks
@@ -117,7 +119,10 @@ def calibrate(
                 local.run(state.generator, within, shares, state.keep, progress)
                 del local
             fit_jointly(teacher, student, paired, draw.next, config.joint, state.joint, deadline, state.keep, progress)
-            fit_logits(teacher, student, paired, draw.next, config.logits, state.logits, deadline, state.keep, progress)
+            if teachable:
+                fit_logits(
+                    teacher, student, paired, draw.next, config.logits, state.logits, deadline, state.keep, progress
+                )
             # As the last stage saw them: those of plain images cost up to two points.
             last_stage = config.logits if state.logits.steps else config.joint
             augmented = last_stage.augment and bool(state.joint.steps or state.logits.steps)
@@ -159,7 +164,26 @@ def _map_unreached(
             program.teacher, program.student, paired, images, lambda name, r2: task.advance(1, layer=name, r2=r2)
         )
     for name in unreached:
-        state.layers[name] = {"r2": mapped[name], "mapped_r2": mapped[name], "steps": 0}
+        if name in mapped:
+            state.layers[name] = {"r2": mapped[name], "mapped_r2": mapped[name], "steps": 0}
+
+
+def _called(paired: list[Pair], names: set[str], progress: Progress) -> list[Pair]:
+    """Those of ``names``, which is all but in networks whose forward takes a path that depends on the images."""
+    called = [pair for pair in paired if pair.name in names]
+    idle = [pair.name for pair in paired if pair.name not in names]
+    if not called:
+        raise AnncvtError(
+            "the network sends these images through none of its adders", fix="use images like those it was trained on"
+        )
+    if idle:
+        progress.note(f"not calibrated, because none of the images comes through: {', '.join(idle)}")
+    return called
+
+
+def _teachable(teacher: nn.Module, student: nn.Module, images: Tensor) -> bool:
+    """Whether the networks return something that a gradient flows back from (no lists of boxes, no class numbers)."""
+    return output_loss(student(images), teacher(images), 1.0).requires_grad
 
 
 class _Batches:
@@ -177,9 +201,9 @@ class _Batches:
         return self.of(torch.randperm(len(self.images), generator=self.generator)[:count], augmented)
 
     def of(self, indices: Tensor, augmented: bool) -> Tensor:
-        """Those at ``indices``, shifted and mirrored at random if they are to be ``augmented``."""
+        """Those at ``indices``, pictures shifted and mirrored at random if they are to be ``augmented``."""
         pixels = self.images.pixels[indices]
-        if augmented:
+        if augmented and pixels.dim() == 4:
             pad = max(1, pixels.shape[-1] // 8)
             pixels = augment(pixels, self.generator, pad=pad, flip=self.images.flip)
         return channels_last(normalise(pixels, self.program.preprocess))

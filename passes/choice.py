@@ -124,8 +124,8 @@ def read_plan_file(path: Path) -> dict[str, dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise AnncvtError(f"not JSON: {error}", where=where, fix=_WRITE_ONE) from error
     rows = data.get("layers") if isinstance(data, dict) else None
-    if not isinstance(rows, list):
-        raise AnncvtError("not a plan: it has no list 'layers'", where=where, fix=_WRITE_ONE)
+    if not isinstance(rows, list) or not rows:
+        raise AnncvtError("not a plan: it has no list 'layers', or an empty one", where=where, fix=_WRITE_ONE)
     layers: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("name"), str):

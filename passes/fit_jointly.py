@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anncvt.passes.fit_blocks import input_spread
-from anncvt.passes.objectives import divergence, unexplained
+from anncvt.passes.objectives import output_loss, unexplained
 from anncvt.passes.pairing import Pair, outputs_of
 from anncvt.passes.stages import StageState, train
 from anncvt.progress import SILENT, Progress
@@ -57,7 +58,7 @@ def fit_jointly(
     student.eval()
     if state.spread is None:
         state.spread = input_spread(paired, lambda: student(batch(how.batch_size, False)))
-    groups = [{"params": [p.adder.weight], "lr": how.weight_lr * state.spread[p.name]} for p in paired]
+    groups = [{"params": [p.adder.weight], "lr": how.weight_lr * state.spread.get(p.name, 1.0)} for p in paired]
     optimizer = torch.optim.Adam([*groups, {"params": others(student, paired), "lr": how.lr}])
     train_mode(student, paired)
     r2: dict[str, float] = {}
@@ -71,7 +72,7 @@ def fit_jointly(
         deadline,
         chosen=lambda fit: how.steps if fit >= ROOM * how.steps else fit,
         on_step=on_step,
-        shown=lambda: {"r2": sum(r2.values()) / len(r2)},
+        shown=lambda: {"r2": sum(r2.values()) / max(1, len(r2))},
         progress=progress,
     )
 
@@ -81,20 +82,20 @@ def _loss(
 ) -> Tensor:
     missed, got, wanted = _missed(teacher, student, paired, x)
     r2.update({name: 1 - float(share.detach()) for name, share in missed.items()})
-    features = how.feature_weight * torch.stack(list(missed.values())).mean()
-    return features + divergence(got, wanted, how.temperature)
+    loss = output_loss(got, wanted, how.temperature)
+    return loss + how.feature_weight * torch.stack(list(missed.values())).mean() if missed else loss
 
 
 def _missed(
     teacher: nn.Module, student: nn.Module, paired: list[Pair], x: Tensor
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Of each layer the share of the teacher's variance that it misses; both networks' outputs."""
-    ends = [pair.conv_end for pair in paired] + [pair.adder_end for pair in paired]
-    with outputs_of(ends) as outputs:
+) -> tuple[dict[str, Tensor], Any, Any]:
+    """Of each layer that both come through, the share of the teacher's variance that it misses; what both return."""
+    with outputs_of([pair.conv_end for pair in paired] + [pair.adder_end for pair in paired]) as outputs:
         with torch.no_grad():
             wanted = teacher(x)
         got = student(x)
-    missed = {pair.name: unexplained(outputs[pair.adder_end][0], outputs[pair.conv_end][0]) for pair in paired}
+    ends = {pair.name: (outputs[pair.adder_end], outputs[pair.conv_end]) for pair in paired}
+    missed = {name: unexplained(mine[0], other[0]) for name, (mine, other) in ends.items() if mine and other}
     return missed, got, wanted
 
 

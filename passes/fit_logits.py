@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from anncvt.passes.adaptive_step import adaptive_adder_step
 from anncvt.passes.fit_jointly import others, train_mode
-from anncvt.passes.objectives import divergence
+from anncvt.passes.objectives import output_loss
 from anncvt.passes.pairing import Pair
 from anncvt.passes.stages import StageState, train
 from anncvt.progress import SILENT, Progress
@@ -60,7 +60,7 @@ def fit_logits(
         x = batch(how.batch_size, how.augment)
         with torch.no_grad():
             wanted = teacher(x)
-        return divergence(student(x), wanted, how.temperature)
+        return output_loss(student(x), wanted, how.temperature)
 
     train(
         "fit logits",

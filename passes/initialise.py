@@ -46,7 +46,7 @@ def initialise(
             map_weights(pair, inputs[0], generator)
 
     def fit(pair: Pair, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if pair.name not in explained:
+        if pair.name in targets and pair.name not in explained:
             explained[pair.name] = fit_line(cast(_BatchNorm, module), inputs[0], targets[pair.name])
             on_layer(pair.name, explained[pair.name])
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 def divergence(got: Tensor, wanted: Tensor, temperature: float) -> Tensor:
@@ -15,6 +19,20 @@ def divergence(got: Tensor, wanted: Tensor, temperature: float) -> Tensor:
         F.log_softmax(got / temperature, 1), F.log_softmax(wanted / temperature, 1), reduction="none", log_target=True
     )
     return temperature**2 * kl.sum(1).mean()
+
+
+def output_loss(got: Any, wanted: Any, temperature: float) -> Tensor:
+    """How far what one network returns is from what another does, summed over the tensors in it.
+
+    :func:`divergence` where there are class scores, :func:`unexplained` where there is one number an image (or pixel).
+    Tensors of different shapes, such as lists of detected objects, are left out.
+    """
+    loss = torch.zeros(())
+    for mine, other in zip(tree_leaves(got), tree_leaves(wanted), strict=False):
+        if isinstance(mine, Tensor) and isinstance(other, Tensor) and mine.shape == other.shape and mine.requires_grad:
+            scores = mine.dim() > 1 and mine.shape[1] > 1
+            loss = loss + (divergence(mine, other, temperature) if scores else unexplained(mine, other))
+    return loss
 
 
 def unexplained(got: Tensor, wanted: Tensor) -> Tensor:

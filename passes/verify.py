@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from anncvt.copies import outline
 from anncvt.errors import AnncvtError, first_line
@@ -82,7 +82,7 @@ def _unchanged(teacher: nn.Module, student: nn.Module, plan: Plan) -> None:
     for name, module in teacher.named_modules():
         if id(module) not in adders:
             twin = student.get_submodule(name)
-            if type(twin) is not type(module):
+            if _class(twin) is not _class(module):
                 raise _wrong(f"{name} was a {type(module).__name__} and is a {type(twin).__name__}", name)
             _same_values(name, module, twin)
     for name in swapped:
@@ -92,6 +92,11 @@ def _unchanged(teacher: nn.Module, student: nn.Module, plan: Plan) -> None:
         mine, other = (layer.bias if isinstance(layer.bias, torch.Tensor) else None for layer in (conv, adder))
         if (mine is None) != (other is None) or (mine is not None and other is not None and not mine.equal(other)):
             raise _wrong(f"{name}.bias is lost or changed", name)
+
+
+def _class(module: nn.Module) -> type:
+    """Its class; GraphModules have one each."""
+    return fx.GraphModule if isinstance(module, fx.GraphModule) else type(module)
 
 
 def _same_values(name: str, module: nn.Module, twin: nn.Module) -> None:

@@ -1,4 +1,5 @@
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -378,6 +379,30 @@ def test_hub_names_are_resolved_so_that_the_folder_opens_without_the_hub(hub_fol
     folder.save(program, tmp_path / "net.ann")
     monkeypatch.setattr(_hub, "hf_hub_download", None)
     assert torch.equal(folder.open_folder(tmp_path / "net.ann").teacher(x), network(x))
+
+
+@pytest.mark.parametrize(("proxies", "offline"), [({}, True), ({"https": "http://proxy"}, False)])
+def test_without_network_the_hub_is_not_asked_again_and_again(monkeypatch, proxies, offline):
+    if not zoo.names("timm"):
+        pytest.skip("timm is not installed")
+    from huggingface_hub import constants
+    from timm.models import _hub
+
+    seen = []
+
+    def asked(*_, **__):
+        seen.append(constants.HF_HUB_OFFLINE)
+        raise OSError("no such thing in the cache")
+
+    def unknown(*_):
+        raise socket.gaierror("no such host")
+
+    monkeypatch.setattr(_hub, "hf_hub_download", asked)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr("urllib.request.getproxies", lambda: proxies)
+    with pytest.raises(AnncvtError, match="no such thing"):
+        load("hf-hub:someone/net")
+    assert seen == [offline] and not constants.HF_HUB_OFFLINE
 
 
 def test_a_hub_that_does_not_answer_is_an_error_with_a_way_out(monkeypatch):

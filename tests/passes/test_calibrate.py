@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from killing import killed_and_resumed
 from networks import Awkward, Mobile, NormAct, Residual
 from recorder import Recorder
+from torch import nn
 
 from anncvt.errors import AnncvtError
 from anncvt.images import Images, normalise
 from anncvt.loading import load
 from anncvt.passes import calibration_state
 from anncvt.passes.calibrate import CalibrationConfig, calibrate
+from anncvt.passes.choice import Choice
 from anncvt.passes.fit_blocks import BlockFit
 from anncvt.passes.fit_jointly import JointFit
 from anncvt.passes.fit_layers import LayerFit
@@ -117,6 +119,54 @@ def _like(program, network):
     found = rewrite(plan(load(network.eval(), input_size=program.preprocess.input_size)))
     assert found.plan.layers == program.plan.layers
     return found
+
+
+@pytest.mark.parametrize("size", [(2, 40), (2, 4, 8, 8)])
+def test_signals_and_clips_are_calibrated(size):
+    conv, norm, pool = (nn.Conv1d, nn.BatchNorm1d, nn.AdaptiveAvgPool1d)
+    if len(size) == 4:
+        conv, norm, pool = (nn.Conv3d, nn.BatchNorm3d, nn.AdaptiveAvgPool3d)
+    layers = [conv(2, 4, 3), norm(4), nn.ReLU(), conv(4, 4, 2), norm(4), nn.ReLU()]
+    program = rewrite(plan(load(nn.Sequential(*layers, pool(1), nn.Flatten(), nn.Linear(4, 3)), input_size=size)))
+    generator = torch.Generator().manual_seed(0)
+    images = Images(torch.randint(0, 256, (32, *size), dtype=torch.uint8, generator=generator), None, None, "noise")
+    calibrate(program, images, config=QUICK)
+    assert program.history[-1].metrics["final_r2"]["3"] > 0.3
+
+
+class Several(nn.Module):
+    """Two outputs, of which one is no tensor of scores, and a branch that images may or may not take."""
+
+    def __init__(self, threshold):
+        super().__init__()
+        self.stem, self.dark, self.bright = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+        self.after, self.threshold = nn.Conv2d(4, 4, 1), threshold
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.stem(x)
+        y = self.bright(y) if x.mean() > self.threshold else self.dark(y)
+        pooled = torch.relu(self.after(torch.relu(y))).mean((2, 3))
+        return {"scores": self.head(pooled), "norm": pooled.norm(dim=1), "step": 3}
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
+def test_networks_of_several_outputs_and_paths_are_calibrated(threshold):
+    """Images (from 0 to 1) go the other way than the zeros that plan looks at, now this way, now that, or the same."""
+    network = load(Several(threshold), input_size=8, mean=(0.0,) * 3, std=(1.0,) * 3)
+    program, progress = rewrite(plan(network)), Recorder()
+    assert [layer.name for layer in program.plan.swapped] == ["dark", "after"]
+    calibrate(program, _images(), config=QUICK, progress=progress)
+    done = program.history[-1].metrics
+    assert "after" in done["final_r2"] and done["joint_steps"] == 25 and done["logit_steps"] == 10
+    assert ("dark" in done["layers"]) == (threshold > 0.2)
+    assert any(note.endswith("comes through: dark") for note in progress.notes) == (threshold == 0.2)
+
+
+def test_images_that_come_through_no_adder_are_named():
+    program = rewrite(plan(load(Several(0.2), input_size=8, mean=(0.0,) * 3, std=(1.0,) * 3), Choice(keep=("after",))))
+    with pytest.raises(AnncvtError, match="none of its adders"):
+        calibrate(program, _images(), config=QUICK)
 
 
 def test_a_layer_is_fitted_alike_whether_the_activation_is_in_its_norm():

@@ -64,6 +64,7 @@ def test_a_short_file_leaves_the_rest_to_the_policy(tmp_path):
         ("\udcff", "not JSON"),
         ("[]", "no list 'layers'"),
         ('{"layers": {}}', "no list 'layers'"),
+        ('{"layers": []}', "an empty one"),
         ('{"layers": [3]}', r"layers\[0\] has no name"),
         ('{"layers": [{"action": "keep"}]}', r"layers\[0\] has no name"),
         ('{"layers": [{"name": "a"}]}', "a: no action None"),

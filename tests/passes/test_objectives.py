@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anncvt.passes.objectives import divergence, unexplained
+from anncvt.passes.objectives import divergence, output_loss, unexplained
 
 
 def test_divergence_is_the_temperature_scaled_kl():
@@ -23,3 +23,13 @@ def test_unexplained_is_zero_for_equal_and_one_for_the_mean():
     wanted = torch.randn(1000)
     assert float(unexplained(wanted, wanted)) == 0
     assert float(unexplained(wanted.mean().expand(1000), wanted)) == pytest.approx(1, abs=0.01)
+
+
+def test_the_loss_of_several_outputs_is_the_sum_over_those_that_can_be_compared():
+    scores, single = torch.randn(2, 6, 5), torch.randn(2, 6)
+    boxes = torch.randn(3, 4, requires_grad=True), torch.randn(2, 4)
+    mine = {"out": scores[0].requires_grad_(), "depth": single[0].requires_grad_(), "boxes": boxes[0], "best": 3}
+    other = {"out": scores[1], "depth": single[1], "boxes": boxes[1], "best": 4}
+    expected = divergence(scores[0], scores[1], 2.0) + unexplained(single[0], single[1])
+    torch.testing.assert_close(output_loss(mine, other, 2.0), expected)
+    assert not output_loss([boxes[0]], [boxes[1]], 2.0).requires_grad

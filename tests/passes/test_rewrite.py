@@ -1,7 +1,7 @@
 import pytest
 import torch
 from networks import Awkward, Mobile, Residual, Same
-from torch import nn
+from torch import fx, nn
 
 from anncvt.errors import AnncvtError
 from anncvt.loading import load
@@ -46,6 +46,23 @@ def test_the_student_computes_and_trains(network, size):
 def test_a_shared_convolution_stays_shared():
     student = rewritten(Awkward(), 6).student
     assert isinstance(student.shared, AdderConv2d) and student.alias is student.shared
+
+
+def test_layers_that_share_a_weight_alone_get_one_each():
+    network = nn.Sequential(*(nn.Conv2d(c, 4, 3, padding=1) for c in (3, 4, 4, 4)), nn.Flatten(), nn.Linear(256, 2))
+    for tied in network[2:4]:
+        tied.weight, tied.bias = network[1].weight, network[1].bias
+    done = rewrite(plan(load(network, input_size=8), Choice(keep=("1",))))
+    held = [done.student[at] for at in (1, 2, 3)]
+    assert len({layer.weight for layer in held}) == len({layer.bias for layer in held}) == 3
+    assert all(torch.equal(layer.weight, network[1].weight) for layer in held)
+
+
+def test_a_graph_module_is_a_network_like_others():
+    graph = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten()))
+    done = rewrite(plan(load(graph, input_size=8)))
+    assert isinstance(done.student.get_submodule("2"), AdderConv2d) and isinstance(done.student, fx.GraphModule)
+    assert done.student(torch.rand(2, 3, 8, 8)).shape == (2, 64)
 
 
 def test_rewriting_again_changes_nothing():

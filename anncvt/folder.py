@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from anncvt.errors import AnncvtError
 from anncvt.files import umask, write_tensors, write_text
-from anncvt.loading import build, unwrapped
+from anncvt.loading import build, to_float32, unwrapped
 from anncvt.program import FORMAT, Plan, Preprocess, Program, Record, Source
 from anncvt.state_dict import load_strict
 from anncvt.swap import swap
@@ -83,7 +83,11 @@ def open_folder(path: str | Path, model: nn.Module | None = None) -> Program:
     from anncvt.copies import copied
 
     plan = None if stored is None else Plan.from_json(stored)
-    teacher = copied(unwrapped(model)) if model is not None else build(source, near=folder.resolve().parent)
+    if model is not None:
+        teacher = copied(unwrapped(model))
+        to_float32(teacher)
+    else:
+        teacher = build(source, near=folder.resolve().parent)
     student = None
     if plan is not None and (folder / STUDENT).exists():
         student = copied(teacher)

@@ -90,6 +90,9 @@ def load(
         else:
             loaded = _from_name(str(model), arguments, progress)
     network = loaded.network.eval()
+    before = to_float32(network)
+    if before is not None:
+        progress.note(f"its parameters are {before}; it is converted as float32")
     note = zoo.take_note()
     if note is not None:
         progress.note(note)
@@ -118,9 +121,12 @@ def build(source: Source, near: Path | None = None) -> nn.Module:
             fix="pass the module again: open_folder(path, model=network)",
         )
     if source.arch == PICKLED:
-        return _pickled_module(Path(source.model), read(Path(source.model)))
-    folders = [Path.cwd(), *([Path(source.arch_path)] if source.arch_path else []), *([near] if near else [])]
-    return instantiate(source.arch, source.arch_args, folders)[0]
+        network = _pickled_module(Path(source.model), read(Path(source.model)))
+    else:
+        folders = [Path.cwd(), *([Path(source.arch_path)] if source.arch_path else []), *([near] if near else [])]
+        network = instantiate(source.arch, source.arch_args, folders)[0]
+    to_float32(network)
+    return network
 
 
 #: ``Source.arch`` of a network whose architecture comes out of the checkpoint: a whole pickled module.
@@ -132,6 +138,15 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while type(module).__name__ in ("DataParallel", "DistributedDataParallel", "OptimizedModule"):
         module = next(module.children())
     return module
+
+
+def to_float32(network: nn.Module) -> str | None:
+    """Make a network of other floating-point numbers (half precision, double) one of float32; returns what it was."""
+    others = {str(p.dtype).removeprefix("torch.") for p in network.parameters() if p.is_floating_point()} - {"float32"}
+    if not others:
+        return None
+    network.float()
+    return " and ".join(sorted(others))
 
 
 def _given(model: nn.Module) -> _Loaded:

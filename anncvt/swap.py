@@ -24,6 +24,8 @@ def swap(network: nn.Module, plan: Plan) -> int:
     replaced once and shared again; layers that share nothing but a weight get one each, because what suits an adder
     depends on its own inputs. Adders that are in place already are left alone.
 
+    Adders and the norms that follow them learn, also where the network was frozen.
+
     Returns:
         How many modules were replaced.
 
@@ -50,6 +52,10 @@ def swap(network: nn.Module, plan: Plan) -> int:
         if id(module) in adders:
             owner, _, leaf = name.rpartition(".")
             setattr(named[owner], leaf, adders[id(module)])
+    for layer in plan.swapped:
+        network.get_submodule(layer.name).requires_grad_()
+        if layer.bn in named:
+            named[layer.bn].requires_grad_()
     return len(adders)
 
 

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from anncvt.passes.blocks import Block
 from anncvt.passes.examples import HELD_OUT
-from anncvt.passes.objectives import unexplained
+from anncvt.passes.objectives import backward, unexplained
 from anncvt.passes.pairing import Pair, channels_last
 from anncvt.passes.schedule import cosine, set_rates, steps_within
 
@@ -92,7 +92,7 @@ def fit_block(
         batch = next(stream)
         error = unexplained(block.run(student, channels_last(inputs[batch])), targets[batch])
         optimizer.zero_grad()
-        error.backward()
+        backward(error)
         optimizer.step()
         on_step(1 - float(error.detach()))
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from anncvt.errors import AnncvtError, first_line
+
 
 def divergence(got: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     """KL divergence of softened logits, times ``temperature**2`` (Hinton et al., arXiv 1503.02531, section 2).
@@ -33,6 +35,23 @@ def output_loss(got: Any, wanted: Any, temperature: float) -> Tensor:
             scores = mine.dim() > 1 and mine.shape[1] > 1
             loss = loss + (divergence(mine, other, temperature) if scores else unexplained(mine, other))
     return loss
+
+
+def backward(loss: Tensor) -> None:
+    """``loss.backward()``.
+
+    Raises:
+        AnncvtError: the network's own code lets no gradient through, which only shows here.
+    """
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        if "inplace operation" not in str(error) and "does not require grad" not in str(error):
+            raise
+        raise AnncvtError(
+            f"the network cannot be trained: {first_line(error)}",
+            fix="in its forward, do not overwrite what a layer has read, and do not turn gradients off",
+        ) from error
 
 
 def unexplained(got: Tensor, wanted: Tensor) -> Tensor:

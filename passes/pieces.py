@@ -7,7 +7,6 @@ the activation behind it, fused: what hardware does between reading one feature 
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import operator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from anncvt.errors import AnncvtError
 from anncvt.modes import eval_mode
 from anncvt.nn import _AdderNd
+from anncvt.passes.trace import defaults, forget_defaults, hold_constants
 from anncvt.passes.walk import execute
 from anncvt.runtime.integer import Window
 from anncvt.runtime.integer_network import INPUT
@@ -199,20 +199,17 @@ def flat_graph(network: nn.Module) -> fx.Graph:
     """
     tensors = [*network.parameters(), *network.buffers()]
     outline = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
-    defaults = {
-        p.name: p.default
-        for p in inspect.signature(outline.forward).parameters.values()
-        if p.default is not inspect.Parameter.empty
-    }
     with eval_mode(outline), torch.no_grad():
         try:
-            graph = _FlatTracer().trace(outline, defaults or None)
+            graph = _FlatTracer().trace(outline, defaults(outline))
         except Exception as error:  # arbitrary Python code meets proxies
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise AnncvtError(
                 f"its data flow cannot be traced: {lines[0][:160]}",
                 fix="quantize a network whose forward has no control flow on values",
             ) from error
+    hold_constants(graph, outline)
+    forget_defaults(graph)
     for node in reversed([*graph.nodes]):
         if not node.users and node.target in _QUESTIONS:  # they would count among the readers of a tensor
             graph.erase_node(node)

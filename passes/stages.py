@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from anncvt.errors import AnncvtError
+from anncvt.passes.objectives import backward
 from anncvt.passes.schedule import cosine, set_rates, steps_within
 from anncvt.progress import Progress
 
@@ -65,7 +66,7 @@ def train(
         set_rates(optimizer, peaks, factor)
         value = loss()
         optimizer.zero_grad()
-        value.backward()
+        backward(value)
         prepare()
         optimizer.step()
         return float(value.detach())

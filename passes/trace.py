@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_unflatten
 
 from anncvt.copies import sharing
 from anncvt.errors import first_line
 from anncvt.nn import _AdderNd
 
+#: What fx puts behind an argument that was given when it traced.
+_ASSERTIONS = (torch._assert, fx._symbolic_trace._assert_is_none)
 _Classes = tuple[type[nn.Module], ...]
 
 
@@ -60,6 +63,8 @@ def trace(network: nn.Module, *, training: bool = False, linear: bool = False) -
     wanted = (_ConvNd, _AdderNd, nn.Linear) if linear else (_ConvNd, _AdderNd)
     with torch.no_grad():
         parts = tuple(_hierarchical(outline, "", wanted))
+    if parts[0].graph is not None:
+        forget_defaults(parts[0].graph)
     readers: dict[str, tuple[str, ...]] = {}
     modules = dict(outline.named_modules(remove_duplicate=False))
     for part in parts:
@@ -116,7 +121,9 @@ def _trace_one(module: nn.Module, wanted: _Classes) -> tuple[fx.Graph | None, st
     while True:
         tracer = _LeanTracer(leaves, wanted)
         try:
-            return tracer.trace(module, concrete_args=_defaults(module)), None, leaves
+            graph = tracer.trace(module, concrete_args=defaults(module))
+            hold_constants(graph, module)
+            return graph, None, leaves
         except Exception as error:  # arbitrary Python code meets proxies
             if tracer.failed_at is None or tracer.failed_at in leaves:
                 return None, f"{type(error).__name__}: {first_line(error)[:160]}", leaves
@@ -153,10 +160,48 @@ def _relevant(module: nn.Module, wanted: _Classes) -> bool:
     )
 
 
-def _defaults(module: nn.Module) -> dict[str, Any] | None:
+def defaults(module: nn.Module) -> dict[str, Any] | None:
     """Optional arguments of forward take their defaults, so that only real inputs are placeholders."""
     parameters = inspect.signature(module.forward).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty} or None
+
+
+def forget_defaults(graph: fx.Graph) -> None:
+    """Take out what arguments that took their defaults leave behind: placeholders, assertions, flattened outputs."""
+    for node in graph.find_nodes(op="placeholder"):
+        readers = [*node.users, *(second for first in node.users for second in first.users)]
+        asserted = all(reader.users or reader.target in _ASSERTIONS for reader in readers)
+        if (node.args or str(node.target).startswith("*")) and asserted:
+            for reader in reversed(readers):
+                graph.erase_node(reader)
+            graph.erase_node(node)
+    flattened = getattr(graph._codegen, "pytree_info", None)
+    if flattened is not None:
+        output = graph.output_node()
+        output.args = (tree_unflatten(cast("list[Any]", output.args[0]), flattened.out_spec),)
+        graph.set_codegen(fx.graph.CodeGen())
+
+
+class Constant:
+    """A tensor that a forward pass makes anew every time (``torch.tensor(...)``), as it was when that was traced."""
+
+    __name__ = "constant"  # with these, fx takes it for a function
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value.detach()
+
+    def __call__(self) -> Tensor:
+        return self.value.clone()
+
+
+def hold_constants(graph: fx.Graph, traced: nn.Module) -> None:
+    """Put tensors into ``graph`` that fx left as attributes in what it traced, where no other copy has them."""
+    for node in graph.find_nodes(op="get_attr"):
+        if str(node.target).startswith("_tensor_constant"):
+            with graph.inserting_before(node):
+                held = graph.call_function(Constant(getattr(traced, str(node.target))))
+            node.replace_all_uses_with(held)
+            graph.erase_node(node)
 
 
 def _with_forward(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from networks import Residual
+from recorder import Recorder
 from torch import nn
 
 from anncvt import folder
@@ -179,7 +180,20 @@ def test_a_program_of_a_python_object_wants_the_object_again(tmp_path):
         assert torch.equal(opened.student(x), program.student(x)) and torch.equal(opened.teacher(x), program.teacher(x))
 
 
-def test_tied_weights_stay_tied(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_floats_become_float32(tmp_path, dtype):
+    torch.manual_seed(0)
+    network, notes = Residual().to(dtype), Recorder()
+    program = rewrite(plan(load(network, input_size=8, progress=notes)))
+    folder.save(program, tmp_path / "net.ann")
+    opened = folder.open_folder(tmp_path / "net.ann", network)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(opened.student(x), program.student(x)) and opened.student(x).dtype == torch.float32
+    assert network.stem.weight.dtype == dtype
+    assert any(str(dtype).removeprefix("torch.") in note for note in notes.notes)
+
+
+def test_tied_weights_stay_tied_until_they_are_adders(tmp_path):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -193,4 +207,5 @@ def test_tied_weights_stay_tied(tmp_path):
     program = rewrite(plan(load(Tied(), input_size=8)))
     folder.save(program, tmp_path / "x.ann")
     opened = folder.open_folder(tmp_path / "x.ann", model=Tied())
-    assert opened.student.a.weight is opened.student.b.weight
+    assert opened.teacher.a.weight is opened.teacher.b.weight
+    assert opened.student.a.weight is not opened.student.b.weight  # fitted each to its own inputs

@@ -52,3 +52,10 @@ def test_another_architecture_is_refused_and_left_alone(decided, name, other, me
     with pytest.raises(AnncvtError, match=message):
         swap(network, decided)
     assert type(network.conv1) is nn.Conv2d
+
+
+def test_adders_and_their_norms_learn_also_in_a_frozen_network(decided):
+    network = Residual().requires_grad_(False)
+    swap(network, decided)
+    assert network.conv1.weight.requires_grad and network.bn1.weight.requires_grad
+    assert not network.stem.weight.requires_grad and not network.bn.weight.requires_grad

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from anncvt.distillation.config import DistillConfig
 from anncvt.passes.adaptive_step import adaptive_adder_step
+from anncvt.passes.objectives import backward
 from anncvt.passes.schedule import set_rates
 
 
@@ -66,7 +67,7 @@ class Descent:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of ``loss``; several times a step where gradients accumulate."""
-        self._scaler.scale(loss).backward()
+        backward(self._scaler.scale(loss))
 
     def step(self, factor: float) -> None:
         """Move by the gradients that are there (summed over parts and processes), at ``factor`` of the peak rate."""

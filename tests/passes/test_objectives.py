@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anncvt.passes.objectives import divergence, output_loss, unexplained
+from anncvt.errors import AnncvtError
+from anncvt.passes.objectives import backward, divergence, output_loss, unexplained
 
 
 def test_divergence_is_the_temperature_scaled_kl():
@@ -33,3 +34,14 @@ def test_the_loss_of_several_outputs_is_the_sum_over_those_that_can_be_compared(
     expected = divergence(scores[0], scores[1], 2.0) + unexplained(single[0], single[1])
     torch.testing.assert_close(output_loss(mine, other, 2.0), expected)
     assert not output_loss([boxes[0]], [boxes[1]], 2.0).requires_grad
+
+
+@pytest.mark.parametrize("damage", [lambda x, y: x.mul_(2), lambda x, y: y.detach_()])
+def test_a_network_that_lets_no_gradient_through_is_an_error(damage):
+    x = torch.randn(3, requires_grad=True) * 1
+    y = x.square()
+    damage(x, y)
+    with pytest.raises(AnncvtError, match="cannot be trained"):
+        backward(y.sum())
+    with pytest.raises(RuntimeError, match="scalar"):
+        backward(torch.randn(3, requires_grad=True) * 1)

@@ -86,6 +86,17 @@ def test_memory_operations_keep_the_grid_of_their_input():
     assert pieces[residual].op == "pad" and pieces.grid_owner(residual) == "stem"
 
 
+def test_arguments_with_defaults_are_no_inputs():
+    class Optional(Residual):
+        def forward(self, x, features=False, scale=1):
+            return super().forward(x)
+
+    program = adder_program(Optional(), 8)
+    assert [piece.name for piece in pieces_of(program).order] == [
+        piece.name for piece in pieces_of(adder_program(Residual(), 8)).order
+    ]
+
+
 class Refused(nn.Module):
     def __init__(self, body):
         super().__init__()

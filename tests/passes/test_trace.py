@@ -1,8 +1,9 @@
 import torch
 from networks import Auxiliary, Awkward, Mobile, Residual
-from torch import nn
+from torch import fx, nn
 
 from anncvt.passes.observe import observe
+from anncvt.passes.pieces import node_values
 from anncvt.passes.trace import trace
 
 
@@ -92,3 +93,22 @@ def test_linear_layers_are_found_on_request():
     plain, linear = trace(network).parts[0].graph, trace(network, linear=True).parts[0].graph
     assert [node.target for node in plain.nodes if node.op == "call_module"] == ["0", "1", "2"]
     assert [node.target for node in linear.nodes if node.op == "call_module"] == ["0", "1.linear", "2"]
+
+
+class Optional(Residual):
+    """Arguments that have defaults, and a constant that the forward pass makes."""
+
+    def forward(self, x, mask=None, *, sizes=(1, 2), features=False, **more):
+        x = super().forward(x - torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1))
+        x = x if mask is None else x * mask
+        return {"features": x} if features else {"logits": x}
+
+
+def test_arguments_with_defaults_and_constants_leave_a_graph_of_one_input():
+    network = Optional().eval()
+    graph = trace(network).parts[0].graph
+    assert [node.target for node in graph.find_nodes(op="placeholder")] == ["x"]
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(fx.GraphModule(network, graph)(x)["logits"], network(x)["logits"])
+    values = node_values(graph, network, x)
+    assert torch.equal(values[graph.output_node().args[0]["logits"]], network(x)["logits"])

@@ -158,7 +158,7 @@ def _sniff_zip(path: Path) -> str:
         return "torch.export"
     if "data.pkl" in names:
         return "torchscript" if any(name.startswith("code/") for name in names) else "state_dict"
-    return "zip"
+    return "numpy" if names and all(name.endswith(".npy") for name in names) else "zip"
 
 
 def _open_zip(path: Path) -> tuple[zipfile.ZipFile, str]:

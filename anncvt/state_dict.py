@@ -201,7 +201,8 @@ def _unwrap(value: Any, where: str) -> tuple[Any, list[str], str | None]:
             what = "several networks" if inside else "no weights"
             raise AnncvtError(f"{what} inside{listed}", where=where, fix="save the one network's state_dict() alone")
         others = [k for k in inside if k != key]
-        notes.append(f"weights taken from '{key}'" + (f" (also there: {', '.join(others[:4])})" if others else ""))
+        more = f" (also there: {', '.join(others[:4])}; save those alone to convert them)" if others else ""
+        notes.append(f"weights taken from '{key}'{more}")
         arch = value["arch"] if isinstance(value.get("arch"), str) else arch
         value = inside[key]
     raise AnncvtError("wrapped too deeply", where=where, fix="save torch.save(model.state_dict(), path)")

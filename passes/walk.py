@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils._pytree import tree_leaves
 
 #: What is known of one chunk of images at some point of the graph, per node that is still to be read.
@@ -107,7 +108,7 @@ def execute(node: fx.Node, network: nn.Module, values: Values, shared: Container
             return found.clone(memory_format=torch.preserve_format)
         return found
 
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    args, kwargs = _own(fx.node.map_arg((node.args, node.kwargs), value))
     if module is not None:
         return module(*args, **kwargs)
     if callable(node.target):
@@ -116,6 +117,15 @@ def execute(node: fx.Node, network: nn.Module, values: Values, shared: Container
         return getattr(args[0], node.target)(*args[1:], **kwargs)
     owner, _, leaf = node.target.rpartition(".")
     return getattr(network.get_submodule(owner), leaf)
+
+
+def _own(value: Any) -> Any:
+    """``value`` with containers of its own: those of a graph refuse to be changed, which some modules do with lists."""
+    if isinstance(value, immutable_dict):
+        return {key: _own(part) for key, part in value.items()}
+    if type(value) is tuple:
+        return tuple(map(_own, value))
+    return [*map(_own, value)] if isinstance(value, immutable_list) else value
 
 
 def may_change_inputs(node: fx.Node, module: nn.Module | None) -> bool:

@@ -8,6 +8,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fuzz import fuzz
@@ -158,6 +159,12 @@ def test_other_files_are_named_for_what_they_are(tmp_path, content, message):
     with pytest.raises(AnncvtError, match=message) as error:
         checkpoint.read(tmp_path / "w.pt")
     assert error.value.fix
+
+
+def test_an_archive_of_numpy_is_named(tmp_path):
+    np.savez(tmp_path / "w.npz", w=np.zeros(3))
+    with pytest.raises(AnncvtError, match="NumPy"):
+        checkpoint.read(tmp_path / "w.npz")
 
 
 def test_missing_file_folder_and_pipe(tmp_path):

@@ -36,7 +36,7 @@ def test_a_figure_that_is_a_tensor_hides_no_weights(network):
 
 def test_the_average_is_named_where_both_are_there(network):
     found = unwrap({"model_ema": network.state_dict(), "model": network.state_dict()})
-    assert found.notes == ("weights taken from 'model' (also there: model_ema)",)
+    assert found.notes == ("weights taken from 'model' (also there: model_ema; save those alone to convert them)",)
 
 
 @pytest.mark.parametrize(

@@ -114,3 +114,32 @@ def test_reader_is_the_only_user():
     assert reader(stem).target == "bn"
     forked = next(node for node in graph.nodes if len(node.users) == 2)
     assert reader(forked) is None
+
+
+class Lists(Residual):
+    """Its end changes the list that it is given, as detection heads do."""
+
+    class End(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList([nn.Conv2d(3, 2, 1), nn.Conv2d(4, 2, 1)])
+
+        def forward(self, maps):
+            for at, conv in enumerate(self.convs):
+                maps[at] = conv(maps[at]) if maps[at].sum() < 1e9 else maps[at]  # not traceable: a leaf
+            return maps
+
+    def __init__(self):
+        super().__init__()
+        self.end = self.End()
+
+    def forward(self, x):
+        return self.end([x, self.stem(x)])
+
+
+def test_modules_may_change_the_lists_that_they_are_given():
+    teacher, student = _pair(Lists())
+    walk, graph, images = _walk(teacher, student)
+    found = [values[_node(graph, "end")] for _, values in walk.after(_node(graph, "end"))]
+    for got, image in zip(found, images, strict=True):
+        assert all(map(torch.equal, got, student(image)))

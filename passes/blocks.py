@@ -110,6 +110,7 @@ def _cuts(graph: fx.Graph, shapes: Mapping[fx.Node, tuple[int, ...]]) -> set[fx.
             break
         live.add(node)
         live.difference_update(spent.get(node, ()))
-        if live == {node} and any(size > 1 for size in shapes[node][2:]):
+        # Of the one image: what is first counts images, unless several branches are stacked there.
+        if live == {node} and shapes[node][:1] == (1,) and any(size > 1 for size in shapes[node][2:]):
             cuts.add(node)
     return cuts

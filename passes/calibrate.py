@@ -29,7 +29,7 @@ from anncvt.passes.fit_layers import LayerFit
 from anncvt.passes.fit_locally import LocalFit
 from anncvt.passes.fit_logits import LogitFit, fit_logits
 from anncvt.passes.initialise import initialise
-from anncvt.passes.objectives import output_loss
+from anncvt.passes.objectives import backward, output_loss
 from anncvt.passes.pairing import Pair, channels_last, gradients, pairs
 from anncvt.passes.trace import trace
 from anncvt.program import Plan, Program
@@ -118,11 +118,10 @@ def calibrate(
                 within = None if deadline is None else time.monotonic() + sum(shares) * (deadline - time.monotonic())
                 local.run(state.generator, within, shares, state.keep, progress)
                 del local
-            fit_jointly(teacher, student, paired, draw.next, config.joint, state.joint, deadline, state.keep, progress)
+            networks, then = (teacher, student, paired, draw.next), (deadline, state.keep, progress)
+            fit_jointly(*networks, config.joint, state.joint, *then, outputs=teachable)
             if teachable:
-                fit_logits(
-                    teacher, student, paired, draw.next, config.logits, state.logits, deadline, state.keep, progress
-                )
+                fit_logits(*networks, config.logits, state.logits, *then)
             # As the last stage saw them: those of plain images cost up to two points.
             last_stage = config.logits if state.logits.steps else config.joint
             augmented = last_stage.augment and bool(state.joint.steps or state.logits.steps)
@@ -182,8 +181,19 @@ def _called(paired: list[Pair], names: set[str], progress: Progress) -> list[Pai
 
 
 def _teachable(teacher: nn.Module, student: nn.Module, images: Tensor) -> bool:
-    """Whether the networks return something that a gradient flows back from (no lists of boxes, no class numbers)."""
-    return output_loss(student(images), teacher(images), 1.0).requires_grad
+    """Whether a gradient flows back from what they return: not from boxes, class numbers or overwritten values."""
+    with torch.no_grad():
+        wanted = teacher(images)
+    loss = output_loss(student(images), wanted, 1.0)
+    if not loss.requires_grad:
+        return False
+    try:
+        backward(loss)
+    except AnncvtError:
+        return False
+    finally:
+        student.zero_grad()
+    return True
 
 
 class _Batches:

@@ -43,6 +43,8 @@ def fit_jointly(
     deadline: float | None = None,
     on_step: Callable[[], None] = lambda: None,
     progress: Progress = SILENT,
+    *,
+    outputs: bool = True,
 ) -> None:
     """Train ``student`` from ``state`` to the end; ``state`` follows.
 
@@ -51,6 +53,7 @@ def fit_jointly(
         deadline: on the monotonic clock; the number of steps follows from it, but where there is time for
             :data:`ROOM` times ``how.steps``, only those are taken. ``None``: ``how.steps``.
         on_step: called after every step.
+        outputs: compare what the networks return, too, and not the layers alone.
 
     Raises:
         AnncvtError: the loss is not finite any more.
@@ -66,7 +69,7 @@ def fit_jointly(
     train(
         "fit jointly",
         optimizer,
-        lambda: _loss(teacher, student, paired, batch(how.batch_size, how.augment), how, r2),
+        lambda: _loss(teacher, student, paired, batch(how.batch_size, how.augment), how, r2, outputs),
         state,
         how.steps,
         deadline,
@@ -78,11 +81,17 @@ def fit_jointly(
 
 
 def _loss(
-    teacher: nn.Module, student: nn.Module, paired: list[Pair], x: Tensor, how: JointFit, r2: dict[str, float]
+    teacher: nn.Module,
+    student: nn.Module,
+    paired: list[Pair],
+    x: Tensor,
+    how: JointFit,
+    r2: dict[str, float],
+    outputs: bool,
 ) -> Tensor:
     missed, got, wanted = _missed(teacher, student, paired, x)
     r2.update({name: 1 - float(share.detach()) for name, share in missed.items()})
-    loss = output_loss(got, wanted, how.temperature)
+    loss = output_loss(got, wanted, how.temperature) if outputs else torch.zeros(())
     return loss + how.feature_weight * torch.stack(list(missed.values())).mean() if missed else loss
 
 

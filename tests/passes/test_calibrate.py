@@ -163,6 +163,37 @@ def test_networks_of_several_outputs_and_paths_are_calibrated(threshold):
     assert any(note.endswith("comes through: dark") for note in progress.notes) == (threshold == 0.2)
 
 
+class Overwriting(Residual):
+    """As detection heads do at inference."""
+
+    def forward(self, x):
+        x = torch.sigmoid(super().forward(x))
+        x[:, :1] *= 2
+        return x
+
+
+class Stacked(nn.Module):
+    """Two branches side by side, in front of the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.two = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 3, 3), nn.Conv2d(4, 3, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return torch.stack([torch.relu(self.one(x)), torch.relu(self.two(x))]).mean(0).mean((2, 3))
+
+
+@pytest.mark.parametrize(("network", "steps"), [(Overwriting, 0), (Stacked, 10)])
+def test_networks_that_end_in_unusual_ways_are_calibrated(network, steps):
+    """Where no gradient flows back from the output, layers alone are fitted. Stacked branches are no batch."""
+    program = rewrite(plan(load(network(), input_size=8)))
+    calibrate(program, _images(), config=QUICK)
+    done = program.history[-1].metrics
+    assert done["joint_steps"] == 25 and (done["logit_steps"] or 0) == steps
+    assert sum(done["final_r2"].values()) / len(done["final_r2"]) > 0.3
+
+
 def test_images_that_come_through_no_adder_are_named():
     program = rewrite(plan(load(Several(0.2), input_size=8, mean=(0.0,) * 3, std=(1.0,) * 3), Choice(keep=("after",))))
     with pytest.raises(AnncvtError, match="none of its adders"):

@@ -6,7 +6,6 @@ the activation behind it, fused: what hardware does between reading one feature 
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from anncvt.copies import sharing
 from anncvt.errors import AnncvtError
 from anncvt.modes import eval_mode
 from anncvt.nn import _AdderNd
@@ -197,8 +197,7 @@ def flat_graph(network: nn.Module) -> fx.Graph:
     Raises:
         AnncvtError: its Python cannot be traced.
     """
-    tensors = [*network.parameters(), *network.buffers()]
-    outline = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+    outline = sharing(network)
     with eval_mode(outline), torch.no_grad():
         try:
             graph = _FlatTracer().trace(outline, defaults(outline))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
+
+from anncvt.copies import copied
 
 
 def inference_copy(network: nn.Module) -> nn.Module:
     """A float32 CPU copy of ``network`` in eval mode that records no gradients; ``network`` itself is left alone."""
-    return copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
+    return copied(network).cpu().float().eval().requires_grad_(False)

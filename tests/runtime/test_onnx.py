@@ -13,7 +13,11 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from anncvt.errors import AnncvtError
+from anncvt.loading import load
 from anncvt.nn import AdderConv1d, AdderConv2d, AdderConv3d
+from anncvt.passes.choice import Choice
+from anncvt.passes.plan import plan
+from anncvt.passes.rewrite import rewrite
 from anncvt.program import LayerPlan, Plan, Preprocess, Program, Record, Source
 from anncvt.runtime import onnx_file
 from anncvt.runtime.onnx import export, export_network, metadata, run, session
@@ -370,3 +374,15 @@ def test_run_refuses_images_of_another_size(exported, shape):
 
 def test_run_refuses_another_type(exported):
     assert "float64" in refusal(run, session(exported), np.zeros((1, *SIZE)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_kept_layers_in_old_weight_norm_are_exported(tmp_path):
+    torch.manual_seed(0)
+    kept = nn.utils.weight_norm(nn.Conv2d(3, 4, 3, padding=1))
+    network = nn.Sequential(kept, nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    program = rewrite(plan(load(network, input_size=8), Choice(swap=("2",))))
+    images = torch.rand(2, 3, 8, 8)
+    wanted = program.student(images).detach()  # with gradients: its weight is now a computed tensor
+    got = run(session(export(program, tmp_path / "x.onnx")), images.numpy())
+    torch.testing.assert_close(torch.from_numpy(got), wanted)

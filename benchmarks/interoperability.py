@@ -293,7 +293,9 @@ def _onnxslim(source: Path, target: Path, case: Case) -> None:
 def _openvino(path: Path, case: Case) -> Logits:
     import openvino
 
-    return np.array(openvino.compile_model(openvino.Core().read_model(path), "CPU")(case.images)[0])
+    model = openvino.Core().read_model(path)
+    # It would compute in bfloat16 on processors that have it.
+    return np.array(openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(case.images)[0])
 
 
 def _tvm(fixed: bool, path: Path, case: Case) -> Logits:

@@ -186,7 +186,10 @@ def session(
 
     path = Path(path)
     if not path.is_file():
-        raise AnncvtError("no such file", where=str(path), fix="write it with `anncvt export DIR -o model.onnx`")
+        what, fix = "no such file", "write it with `anncvt export DIR -o model.onnx`"
+        if path.is_dir():
+            what, fix = "a folder, not a model", f"name the file in it, such as {path / 'model.onnx'}"
+        raise AnncvtError(what, where=str(path), fix=fix)
     _check_domain(path)
     return open_session(path, threads, library)
 

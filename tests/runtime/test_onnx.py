@@ -305,6 +305,7 @@ def test_refuses_to_write_where_it_cannot(student, tmp_path):
 
 def test_session_refuses_a_missing_file(tmp_path):
     assert "no such file" in refusal(session, tmp_path / "model.onnx")
+    assert "a folder" in refusal(session, tmp_path)
 
 
 @pytest.mark.parametrize("damage", [b"", b"<html>not a model</html>", None], ids=["empty", "html", "truncated"])

@@ -89,14 +89,17 @@ def _conversions(options: argparse.Namespace, train: Images, progress: Progress)
         }
         rows.append((f"{layer} steps a layer, {block} a block, {joint} jointly", with_config(replace(base, **stages))))
     if options.ablations:
-        none = replace(base, layer=replace(base.layer, steps=0), block=_off(base.block), joint=_off(base.joint))
+        mapped = replace(base.layer, sweeps=0, steps=0)
+        none = replace(base, layer=mapped, block=_off(base.block), joint=_off(base.joint))
         local = replace(base, joint=_off(base.joint))
         layers = replace(local, block=_off(base.block))
         blind = replace(layers, layer=replace(base.layer, activation_weight=0.0))
         rows += [
             ("the CNN's weights copied, statistics taken again", lambda program: _copied(program, train)),
             ("quantile map alone", with_config(none)),
-            ("map, layers fitted", with_config(layers)),
+            ("map, taps fitted", with_config(replace(layers, layer=_off(base.layer)))),
+            ("map, layers fitted by gradient", with_config(replace(layers, layer=replace(base.layer, sweeps=0)))),
+            ("map, layers fitted by both", with_config(layers)),
             ("the same, error behind the activation not counted", with_config(blind)),
             ("map, layers and blocks fitted", with_config(local)),
             ("map, layers fitted, then jointly", with_config(replace(base, block=_off(base.block)))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anncvt.passes.examples import Examples, batches, collect
+from anncvt.passes.fit_taps import fit_taps
 from anncvt.passes.initialise import fit_line, map_weights
 from anncvt.passes.norms import normalised
-from anncvt.passes.objectives import unexplained
+from anncvt.passes.objectives import LayerLoss
 from anncvt.passes.pairing import Pair
 from anncvt.passes.schedule import cosine, set_rates, steps_within
 from anncvt.passes.surroundings import Sequel, sequel
@@ -29,6 +31,8 @@ SETTLING = 65536
 class LayerFit:
     """How one layer is fitted; the rates measured best before there were blocks (benchmarks/RESULTS.md)."""
 
+    sweeps: int = 4  # of coordinate descent, at most
+    sweep_share: float = 0.5  # of a layer's time
     steps: int = 600
     least_steps: int = 20  # however short the time is
     positions: int = 16384  # output pixels per step: the cost of a step, whatever the size of the maps
@@ -44,6 +48,7 @@ class FittedLayer:
     r2: float
     mapped_r2: float  # before fitting
     outside: float  # share of the taps whose weight lies beyond their input channel's activations
+    sweeps: int
     steps: int
 
 
@@ -119,7 +124,7 @@ def _fit_at(
     assert follows is not None
     if seconds is not None:
         seconds -= time.monotonic() - begin
-    return _fit(pair, train, test, follows.activation, how, seconds, generator, on_step)
+    return _fit(pair, train, test, follows.activation, how, seconds, walk.memory // 2, generator, on_step)
 
 
 @torch.no_grad()
@@ -143,16 +148,25 @@ def _fit(
     activation: Callable[[Tensor], Tensor] | None,
     how: LayerFit,
     seconds: float | None,
+    memory: int,
     generator: torch.Generator,
     on_step: Callable[[str, float], None],
 ) -> FittedLayer:
+    begin = time.monotonic()
     norm = cast(_BatchNorm, pair.norm)
     some = train.rows(slice(0, _rows(train)))
     map_weights(pair, some.inputs, generator)
     with torch.no_grad():
         fit_line(norm, pair.adder.response(some.inputs, is_padded=True), some.targets)
-    mapped = copy.deepcopy((pair.adder.state_dict(), norm.state_dict()))
-    mapped_r2 = _score(pair, test)
+    loss = LayerLoss(activation, how.activation_weight)
+    best = _Best(pair, test, loss)
+    mapped_r2 = best.r2
+    sweeps = 0
+    if how.sweeps:
+        within = None if seconds is None else how.sweep_share * seconds
+        report = functools.partial(on_step, pair.name)
+        sweeps = fit_taps(pair, train, how.sweeps, memory, generator, within, report)
+        best.judge()
     spread = float(some.inputs.std().clamp_min(1e-6))
     optimizer = torch.optim.Adam(
         [
@@ -167,31 +181,49 @@ def _fit(
         set_rates(optimizer, peaks, factor)
         batch = next(stream)
         got = normalised(norm, pair.adder.response(batch.inputs, is_padded=True))
-        error = loss = unexplained(got, batch.targets)
-        if activation is not None:
-            wanted = batch.targets
-            if batch.residual is not None:
-                got, wanted = got + batch.residual, wanted + batch.residual
-            loss = error + how.activation_weight * unexplained(activation(got), activation(wanted))
+        error, value = loss(got, batch.targets, batch.residual)
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         optimizer.step()
         on_step(pair.name, 1 - float(error.detach()))
 
     norm.train()
     steps = how.steps
     if seconds is not None:
+        seconds -= time.monotonic() - begin
         steps = min(steps, steps_within(seconds, lambda: step(0.0), least=how.least_steps))
     for at in range(steps):
         step(cosine(at, steps, warmup=0.02))
     norm.eval()
-    _settle(pair, norm, some)
-    r2 = _score(pair, test)
-    if not r2 >= mapped_r2 and steps:  # also where it is not a number
-        pair.adder.load_state_dict(mapped[0])
-        norm.load_state_dict(mapped[1])
-        r2 = mapped_r2
-    return FittedLayer(r2, mapped_r2, _outside(pair, some.inputs), steps)
+    if steps:
+        _settle(pair, norm, some)
+        best.judge()
+    best.restore()
+    return FittedLayer(best.r2, mapped_r2, _outside(pair, some.inputs), sweeps, steps)
+
+
+class _Best:
+    """The best weights so far, by their loss on examples that they are not fitted on."""
+
+    def __init__(self, pair: Pair, examples: Examples, loss: LayerLoss) -> None:
+        self.pair, self.examples, self.loss = pair, examples, loss
+        self.r2, self.least = _score(pair, examples, loss)
+        self._keep()
+
+    def judge(self) -> None:
+        """Keep what the layer has now if it is better."""
+        r2, loss = _score(self.pair, self.examples, self.loss)
+        if loss < self.least:  # not where it is no number
+            self.r2, self.least = r2, loss
+            self._keep()
+
+    def _keep(self) -> None:
+        self.state = copy.deepcopy((self.pair.adder.state_dict(), self.pair.norm.state_dict()))
+
+    def restore(self) -> None:
+        """Give the layer the best that was kept."""
+        self.pair.adder.load_state_dict(self.state[0])
+        self.pair.norm.load_state_dict(self.state[1])
 
 
 @torch.no_grad()
@@ -205,14 +237,15 @@ def _settle(pair: Pair, norm: _BatchNorm, examples: Examples) -> None:
 
 
 @torch.no_grad()
-def _score(pair: Pair, examples: Examples) -> float:
-    """R^2 of the layer and its norm, in eval mode."""
-    missed = 0.0
+def _score(pair: Pair, examples: Examples, loss: LayerLoss) -> tuple[float, float]:
+    """R^2 of the layer and its norm in eval mode, and the loss."""
+    missed = total = 0.0
     for part in torch.arange(len(examples)).split(_rows(examples)):
         some = examples.rows(part)
         got = normalised(pair.norm, pair.adder.response(some.inputs, is_padded=True))
         missed += float((got - some.targets).square().sum())
-    return 1 - missed / (examples.targets.numel() * max(float(examples.targets.var()), 1e-12))
+        total += len(part) / len(examples) * float(loss(got, some.targets, some.residual)[1])
+    return 1 - missed / (examples.targets.numel() * max(float(examples.targets.var()), 1e-12)), total
 
 
 def _rows(examples: Examples) -> int:

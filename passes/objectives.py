@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,3 +59,23 @@ def backward(loss: Tensor) -> None:
 def unexplained(got: Tensor, wanted: Tensor) -> Tensor:
     """Share of the variance of ``wanted`` that ``got`` misses, 1 - R^2 over the whole tensor."""
     return F.mse_loss(got, wanted) / wanted.var().clamp_min(1e-12)
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """What a layer misses of its targets, and ``weight`` times how much of that is seen behind its activation."""
+
+    activation: Callable[[Tensor], Tensor] | None  # that follows, element by element
+    weight: float
+
+    def __call__(self, got: Tensor, wanted: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Share of the variance of ``wanted`` that ``got`` misses, and the loss.
+
+        ``residual``: what the network adds to both before the activation.
+        """
+        error = unexplained(got, wanted)
+        if self.activation is None:
+            return error, error
+        if residual is not None:
+            got, wanted = got + residual, wanted + residual
+        return error, error + self.weight * unexplained(self.activation(got), self.activation(wanted))

@@ -29,7 +29,7 @@ from anncvt.passes.plan import plan
 from anncvt.passes.rewrite import rewrite
 
 QUICK = CalibrationConfig(
-    LayerFit(steps=25, positions=1024),
+    LayerFit(sweeps=2, steps=25, positions=1024),
     BlockFit(steps=10, positions=1024),
     JointFit(steps=25, batch_size=16),
     LogitFit(steps=10, batch_size=16),
@@ -80,11 +80,12 @@ def test_the_student_comes_close_to_the_teacher(network):
 
 def test_each_stage_improves_on_the_map():
     distances = []
-    for layer, block, joint, logits in ((0, 0, 0, 0), (60, 0, 0, 0), (0, 60, 0, 0), (0, 0, 60, 0), (0, 0, 0, 60)):
+    stages = torch.eye(5, dtype=torch.int)
+    for sweeps, layer, block, joint, logits in [(0,) * 5, *(stages * torch.tensor([4, 60, 60, 60, 60])).tolist()]:
         program = _program(Residual())
         # A network as small as this one stands higher rates than the defaults, and needs them in so few steps.
         config = CalibrationConfig(
-            LayerFit(steps=layer, positions=1024),
+            LayerFit(sweeps=sweeps, steps=layer, positions=1024),
             BlockFit(steps=block, positions=1024, weight_lr=0.05, norm_lr=0.01),
             # Not augmented: the distance is measured on these very images.
             JointFit(steps=joint, batch_size=16, lr=1e-3, weight_lr=0.01, augment=False),

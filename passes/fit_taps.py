@@ -1,0 +1,100 @@
+"""A layer's weights by coordinate descent (:mod:`anncvt.passes.coordinate_descent`) at random places of its output."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from anncvt.nn import _AdderNd
+from anncvt.passes.coordinate_descent import Descent, candidates
+from anncvt.passes.examples import Examples
+from anncvt.passes.pairing import Pair
+
+#: Values per input channel that the candidates are taken from.
+SAMPLES = 4096
+#: Places are so many, or so many per weight of an output if that is more: fewer would be learnt by heart.
+PLACES, PLACES_PER_WEIGHT = 8192, 8
+#: A sweep that changes a smaller share of the weights is the last one.
+SETTLED = 0.01
+
+
+@torch.no_grad()
+def fit_taps(
+    pair: Pair,
+    examples: Examples,
+    most: int,
+    memory: int,
+    generator: torch.Generator,
+    seconds: float | None = None,
+    on_sweep: Callable[[float], None] = lambda r2: None,
+) -> int:
+    """Improve weights and norm (in eval mode) of ``pair`` on ``examples``; return the number of sweeps.
+
+    What counts is the plain error: with that behind an activation, responses to candidates would not add up.
+
+    Args:
+        most: sweeps, at most.
+        memory: bytes for inputs and outputs at the places.
+        generator: of the places and of the order of the taps.
+        seconds: no sweep begins that would end later, but for the first.
+        on_sweep: called with R^2 after every sweep.
+    """
+    begin = time.monotonic()
+    adder, norm = pair.adder, cast(_BatchNorm, pair.norm)
+    assert norm.running_mean is not None and norm.running_var is not None
+    at = _Places(adder, examples, memory, generator)
+    weight = adder.weight.view(adder.groups, adder.out_channels // adder.groups, -1, at.taps.shape[1])
+    scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).view(adder.groups, -1)
+    descents = [Descent(*group) for group in zip(weight, scale, at.taps, at.grids, at.targets, strict=True)]
+    done, changed = 0, 1.0
+    while done < most and changed >= SETTLED:
+        if done and seconds is not None and (time.monotonic() - begin) * (done + 1) > seconds * done:
+            break
+        changed = sum(descent.sweep(generator) for descent in descents) / len(descents)
+        done += 1
+        on_sweep(sum(descent.r2() for descent in descents) / len(descents))
+    mean, variance = (torch.cat(parts) for parts in zip(*(descent.statistics() for descent in descents), strict=True))
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
+    norm.weight.copy_(scale.flatten() * (variance + norm.eps).sqrt())
+    norm.bias.copy_(torch.cat([descent.mean for descent in descents]))
+    return done
+
+
+class _Places:
+    """What arrives at an adder's taps, and what should leave it, at random places of its output; by groups ``G``."""
+
+    taps: Tensor  # [G, T, P], in the order of a flattened weight
+    grids: Tensor  # [G, T, candidates]
+    targets: Tensor  # [G, O, P]
+
+    def __init__(self, adder: _AdderNd, examples: Examples, memory: int, generator: torch.Generator) -> None:
+        self.groups = adder.groups
+        side = examples.targets.shape[2:]
+        weights, taps = adder.weight[0].numel(), adder.in_channels * math.prod(adder.kernel_size)
+        # Of the outputs: targets, the same less their means, what is missing, and two of these at a time.
+        count = min(max(PLACES, PLACES_PER_WEIGHT * weights), memory // (4 * (taps + 5 * adder.out_channels)))
+        picked = torch.randperm(len(examples) * math.prod(side), generator=generator)[: max(count, 2)]
+        image, *place = torch.unravel_index(picked, (len(examples), *side))
+        here: tuple[Any, ...] = (image, slice(None), *place)
+        geometry = [*zip(place, adder.stride, adder.dilation, strict=True)]
+        inputs = []
+        for offsets in itertools.product(*(range(size) for size in adder.kernel_size)):
+            start: Any = [p * stride + o * dilation for (p, stride, dilation), o in zip(geometry, offsets, strict=True)]
+            inputs.append(examples.inputs[(image, slice(None), *start)])
+        x = torch.stack(inputs, 2)  # [P, C, kernel]
+        grids = candidates(x.transpose(0, 1).flatten(1)[:, :SAMPLES])
+        self.taps = self._by_group(x.flatten(1))
+        self.grids = grids.repeat_interleave(len(inputs), 0).view(self.groups, -1, grids.shape[1])
+        self.targets = self._by_group(examples.targets[here])
+
+    def _by_group(self, x: Tensor) -> Tensor:
+        """``[P, C]`` as ``[G, C/G, P]``."""
+        return x.T.contiguous().view(self.groups, -1, len(x))

@@ -167,7 +167,29 @@ def _fit(
         report = functools.partial(on_step, pair.name)
         sweeps = fit_taps(pair, train, how.sweeps, memory, generator, within, report)
         best.judge()
-    spread = float(some.inputs.std().clamp_min(1e-6))
+        best.restore()
+    if seconds is not None:
+        seconds -= time.monotonic() - begin
+    steps = _train(pair, train, loss, how, seconds, generator, on_step)
+    if steps:
+        _settle(pair, norm, some)
+        best.judge()
+    best.restore()
+    return FittedLayer(best.r2, mapped_r2, _outside(pair, some.inputs), sweeps, steps)
+
+
+def _train(
+    pair: Pair,
+    train: Examples,
+    loss: LayerLoss,
+    how: LayerFit,
+    seconds: float | None,
+    generator: torch.Generator,
+    on_step: Callable[[str, float], None],
+) -> int:
+    """All weights and the norm by Adam; return the number of steps."""
+    norm = cast(_BatchNorm, pair.norm)
+    spread = float(train.rows(slice(0, _rows(train))).inputs.std().clamp_min(1e-6))
     optimizer = torch.optim.Adam(
         [
             {"params": [pair.adder.weight], "lr": how.weight_lr * spread},
@@ -190,16 +212,11 @@ def _fit(
     norm.train()
     steps = how.steps
     if seconds is not None:
-        seconds -= time.monotonic() - begin
         steps = min(steps, steps_within(seconds, lambda: step(0.0), least=how.least_steps))
     for at in range(steps):
         step(cosine(at, steps, warmup=0.02))
     norm.eval()
-    if steps:
-        _settle(pair, norm, some)
-        best.judge()
-    best.restore()
-    return FittedLayer(best.r2, mapped_r2, _outside(pair, some.inputs), sweeps, steps)
+    return steps
 
 
 class _Best:

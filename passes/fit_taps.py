@@ -50,7 +50,8 @@ def fit_taps(
     adder, norm = pair.adder, cast(_BatchNorm, pair.norm)
     assert norm.running_mean is not None and norm.running_var is not None
     at = _Places(adder, examples, memory, generator)
-    weight = adder.weight.view(adder.groups, adder.out_channels // adder.groups, -1, at.taps.shape[1])
+    # A copy where a weight is laid out otherwise (channels_last).
+    weight = adder.weight.reshape(adder.groups, adder.out_channels // adder.groups, -1, at.taps.shape[1])
     scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).view(adder.groups, -1)
     descents = [Descent(*group) for group in zip(weight, scale, at.taps, at.grids, at.targets, strict=True)]
     done, changed = 0, 1.0
@@ -60,6 +61,7 @@ def fit_taps(
         changed = sum(descent.sweep(generator) for descent in descents) / len(descents)
         done += 1
         on_sweep(sum(descent.r2() for descent in descents) / len(descents))
+    adder.weight.copy_(weight.reshape_as(adder.weight))
     mean, variance = (torch.cat(parts) for parts in zip(*(descent.statistics() for descent in descents), strict=True))
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(variance)

@@ -164,7 +164,7 @@ def _map_unreached(
         )
     for name in unreached:
         if name in mapped:
-            state.layers[name] = {"r2": mapped[name], "mapped_r2": mapped[name], "steps": 0}
+            state.layers[name] = {"r2": mapped[name], "mapped_r2": mapped[name], "sweeps": 0, "steps": 0}
 
 
 def _called(paired: list[Pair], names: set[str], progress: Progress) -> list[Pair]:

@@ -69,6 +69,9 @@ class Input:
         layer, count, size = self.layer, self.cells.number, self.cells.pitch
         # The last cell of a row that spans columns may reach beyond it, where its weights are zero.
         copy = workspace(self.groups * count * self.plane + self.cells.size, self.source)
+        if self.cells.size > size:  # what lies beyond has to be defined all the same
+            end = self.groups * count * self.plane
+            B.buffer_store(copy, splat(0, self.source, self.cells.size), [ramp(end, self.cells.size)])
         step, left = self._picked[1], layer.padding.left
         first, last = -(-left // step), min(self.width, (left + layer.size[1] - 1) // step + 1)
         with B.serial(self.groups) as g, B.serial(count) as c, B.serial(self.rows) as h:

@@ -123,6 +123,8 @@ class Contestants:
         if choice.library is not None:
             native = functools.partial(_onnxruntime, path, self.threads, choice.library)
             yield Contestant("student", "onnxruntime native", dtype, native)
+        elif choice.unfit:
+            self.missing["onnxruntime native" + " int8" * (dtype == "int8")] = choice.why
 
     def _compiled(self) -> Iterator[Contestant]:
         """The student, and if asked the teacher, in TVM."""

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 #: Names the library where it does not lie beside the model; "none": no library.
 VARIABLE = "ANNCVT_ORT_LIBRARY"
 
+_REBUILD = "run `anncvt compile DIR --for onnxruntime` again"
+
 _log = logging.getLogger(__name__)
 #: The library counts the layers of all sessions of a process: those of one are told by opening one at a time.
 _opening = threading.Lock()
@@ -31,13 +33,15 @@ _opening = threading.Lock()
 class Choice:
     """How a session executes the adders of its model; ``why`` is a sentence.
 
-    ``loops``: layers for which the library should have a compiled kernel and has none.
+    ``loops``: layers for which the library should have a compiled kernel and has none. ``unfit``: there is a library,
+    but not one for this model on this machine.
     """
 
     native: bool
     why: str
     library: Path | None = None
     loops: int = 0
+    unfit: bool = False
 
 
 def open_session(path: Path, threads: int | None, library: str | Path | None = None) -> onnxruntime.InferenceSession:
@@ -55,9 +59,9 @@ def open_session(path: Path, threads: int | None, library: str | Path | None = N
                 raise AnncvtError(
                     f"onnxruntime does not open it with the native library: {first_line(error)}",
                     where=str(path),
-                    fix="build the library again with `anncvt compile DIR --for onnxruntime`",
+                    fix=_REBUILD,
                 ) from error
-            choice = Choice(False, f"{choice.library} did not work: {first_line(error)}")
+            choice = Choice(False, f"{choice.library} did not work: {first_line(error)}", unfit=True)
     return _told(_open_stock(path, threads), choice)
 
 
@@ -77,7 +81,7 @@ def _in_detail(choice: Choice, layers: int, compiled: int, fixed: int) -> Choice
     if compiled < layers:
         why += (
             f", but {layers - compiled} of {layers} layers in its plain loops, because it has no compiled kernel for "
-            "them on this machine: run `anncvt compile DIR --for onnxruntime` again"
+            f"them on this machine: {_REBUILD}"
         )
     return replace(choice, why=why, loops=layers - compiled)
 
@@ -109,24 +113,23 @@ def choose(path: Path, library: str | Path | None = None) -> Choice:
     except AnncvtError as error:
         if asked is not None:
             raise
-        return Choice(False, str(error))
+        return Choice(False, f"{error}: {error.fix}", unfit=True)
     for node in nodes:
         if (reason := _beyond(node, model, manifest["ops"])) is not None:
-            return Choice(False, reason)
+            return Choice(False, reason, unfit=True)
     return Choice(True, "all adders run in the native library", place)
 
 
 def _check(manifest: dict[str, Any], place: Path) -> None:
-    fix = "build it again with `anncvt compile DIR --for onnxruntime`"
     if "domain" not in manifest:
-        raise AnncvtError("not a library for onnxruntime", where=str(place), fix=fix)
+        raise AnncvtError("not a library for onnxruntime", where=str(place), fix=_REBUILD)
     if manifest["format"] != FORMAT or manifest["domain"].get(DOMAIN) != VERSION:
-        raise AnncvtError("made by another version of anncvt", where=str(place), fix=fix)
+        raise AnncvtError("made by another version of anncvt", where=str(place), fix=_REBUILD)
     if manifest["architecture"] != processor.architecture():
         raise AnncvtError(
             f"made for {manifest['architecture']}, this machine is {processor.architecture()}",
             where=str(place),
-            fix=fix,
+            fix=_REBUILD,
         )
 
 
@@ -135,7 +138,7 @@ def _beyond(node: onnx.NodeProto, model: onnx.ModelProto, ops: dict[str, str]) -
     import onnx
 
     if node.op_type not in ops:
-        return f"the library has no {node.op_type}"
+        return f"the library has no {node.op_type}, so it is not of the model's version: export again and {_REBUILD}"
     types = _types(model)
     for name in node.input[:2]:  # the data and the weights
         if types.get(name):
@@ -179,6 +182,6 @@ def _open_stock(path: Path, threads: int | None) -> onnxruntime.InferenceSession
 
 def _told(session: onnxruntime.InferenceSession, choice: Choice) -> onnxruntime.InferenceSession:
     session.anncvt = choice
-    level = logging.WARNING if choice.loops else logging.INFO
+    level = logging.WARNING if choice.loops or choice.unfit else logging.INFO
     _log.log(level, "%s: %s", "native" if choice.native else "stock", choice.why)
     return session

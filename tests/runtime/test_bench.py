@@ -84,9 +84,14 @@ def test_exported_files_are_timed_on_the_definitions_and_in_the_native_library(t
     onnx.export(program, tmp_path / "model.onnx")
     onnx.export_integers(program, tmp_path / "model.int8.onnx", fuse=True)
     onnx_native.build([], tmp_path / onnx_native.LIBRARY, target="cpu")
-    rows = bench(program, threads=1, repeats=1, seconds=1e-6)["rows"]
-    exported = [(row["backend"], row["dtype"]) for row in rows if row["network"] == "student"][1:]
+    result = bench(program, threads=1, repeats=1, seconds=1e-6)
+    exported = [(row["backend"], row["dtype"]) for row in result["rows"] if row["network"] == "student"][1:]
     assert exported == [(b, d) for d in ("float32", "int8") for b in ("onnxruntime", "onnxruntime native")]
+    assert set(result["missing"]) == {"tvm", "tvm int8"}
+    (tmp_path / onnx_native.LIBRARY).unlink()  # this process has it mapped
+    (tmp_path / onnx_native.LIBRARY).write_bytes(b"no library")
+    missing = bench(program, threads=1, repeats=1, seconds=1e-6)["missing"]
+    assert all(onnx_native.LIBRARY in missing[f"onnxruntime native{kind}"] for kind in ("", " int8"))
 
 
 def test_the_quantised_teacher_computes_in_integers_what_it_did_in_floats(tmp_path):

@@ -120,10 +120,11 @@ def test_fixed_point_is_told(tmp_path):
     assert np.abs(run(opened, images) - expected).max() < 1e-3 * np.abs(expected).max()
 
 
-def test_no_library(folder):
+def test_no_library(folder, caplog):
     (folder / onnx_native.LIBRARY).unlink()
     choice = session(folder / "model.onnx").anncvt
-    assert not choice.native and "compile DIR --for onnxruntime" in choice.why
+    assert not choice.native and not choice.unfit and "compile DIR --for onnxruntime" in choice.why
+    assert not caplog.records
 
 
 def test_a_library_elsewhere(folder, monkeypatch, tmp_path):
@@ -145,7 +146,7 @@ def test_a_damaged_library_is_not_loaded(folder, images, damage):
     content[2000] ^= 1
     path.write_bytes({"cut": content[:-100], "flipped": content, "empty": b"", "text": b"no library"}[damage])
     choice = session(folder / "model.onnx").anncvt
-    assert not choice.native and str(path) in choice.why
+    assert not choice.native and str(path) in choice.why and "compile it again" in choice.why
     with pytest.raises(AnncvtError, match=str(path)):
         session(folder / "model.onnx", library=path)
 
@@ -160,10 +161,11 @@ def test_a_damaged_library_is_not_loaded(folder, images, damage):
     ],
     ids=lambda value: str(value),
 )
-def test_a_library_for_something_else(folder, entries, said):
+def test_a_library_for_something_else(folder, entries, said, caplog):
     resealed(folder, **entries)
     choice = session(folder / "model.onnx").anncvt
-    assert not choice.native and said in choice.why
+    assert not choice.native and choice.unfit and said in choice.why and "compile DIR --for" in choice.why
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_a_compiled_network_is_no_library(folder):

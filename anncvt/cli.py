@@ -203,7 +203,7 @@ def quantize(folder: str, bits: str, **rest: Any) -> None:
 @click.option(
     "--fuse",
     is_flag=True,
-    help="onnx: adders with what follows them (BatchNorm, sums, ReLU) as one node, for the fast library.",
+    help="onnx: adders, with --int8 all layers, and what follows them as one node, for the fast library.",
 )
 @click.option("--format", "form", type=click.Choice(["onnx", "hardware"]), default="onnx", show_default=True)
 @click.option("--golden", type=click.IntRange(1), default=2, show_default=True, help="hardware: images to trace.")

@@ -114,7 +114,7 @@ def export_integers(
 
     Args:
         opset, body: see :func:`export`.
-        fuse: adders with their requantisation as one node: fast with the native library.
+        fuse: adders and convolutions with their requantisation as one node: fast with the native library.
 
     Raises:
         AnncvtError: not quantized yet, no such opset or body, or ``path`` cannot be written.

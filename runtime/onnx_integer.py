@@ -4,7 +4,7 @@ Adders are ``ai.anncvt::AdderInteger2d``, everything else is in standard operato
 value of the graph: ``NAME/integers`` what a step puts out, ``NAME/accumulator`` what its epilogue works on. What
 belongs to no step has a name that begins with a slash.
 
-Fused, an adder and its epilogue are one node whose accumulators are no value. Such nodes pass blocked tensors on to
+Fused, a step and its epilogue are one node whose accumulators are no value. Such nodes pass blocked tensors on to
 each other (``NAME/blocked``, see :mod:`anncvt.runtime.onnx_fused_body`); plain ones are made where others read them.
 """
 

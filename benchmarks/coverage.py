@@ -170,10 +170,18 @@ def _run(network: nn.Module, images: Tensor) -> None:
     move all outputs of the adders behind them the same way, and deep networks end at zero.
     """
     _tensors(network.train()(images))
+    _tensors(with_statistics(network.eval(), images))
+
+
+@torch.no_grad()
+def with_statistics(network: nn.Module, images: Tensor) -> Any:
+    """What ``network`` (in eval mode) returns where each norm first takes the statistics of what it reads."""
     handles = [m.register_forward_pre_hook(_take_statistics) for m in network.modules() if isinstance(m, _BatchNorm)]
-    _tensors(network.eval()(images))
-    for handle in handles:
-        handle.remove()
+    try:
+        return network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _take_statistics(norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:

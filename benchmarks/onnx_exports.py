@@ -22,10 +22,9 @@ import numpy as np
 import onnx
 import torch
 import torch.nn.functional as F
-from coverage import _take_statistics
+from coverage import with_statistics
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from anncvt.architecture import parse_arch_args
 from anncvt.passes.choice import Choice
@@ -45,13 +44,10 @@ def converted(program: Program, images: Tensor, every: int) -> Program:
         every: one in so many of the planned layers becomes an adder.
     """
     if program.history[0].metrics["weights"] == "random":  # its norms have seen no images yet
-        norms = [module for module in program.teacher.modules() if isinstance(module, _BatchNorm)]
-        handles = [norm.register_forward_pre_hook(_take_statistics) for norm in norms]
-        with torch.no_grad():
-            program.teacher(images)
-        for handle in handles:
-            handle.remove()
-    names = [layer.name for layer in plan(program).plan.swapped]  # type: ignore[union-attr]
+        with_statistics(program.teacher, images)
+    planned = plan(program).plan
+    assert planned is not None
+    names = [layer.name for layer in planned.swapped]
     done = rewrite(plan(program, Choice(keep=tuple(name for at, name in enumerate(names) if at % every))))
     assert done.student is not None
     initialise(done.teacher, done.student, pairs(done), images)

@@ -33,7 +33,7 @@ def candidates(samples: Tensor, count: int = CANDIDATES) -> Tensor:
     return torch.stack(rows)
 
 
-class Descent:
+class CoordinateDescent:
     """One adder (a group of it) and the line ``y = scale * (response - its mean) + mean of the targets`` behind it.
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anncvt.nn import _AdderNd
-from anncvt.passes.coordinate_descent import Descent, candidates
+from anncvt.passes.coordinate_descent import CoordinateDescent, candidates
 from anncvt.passes.examples import Examples
 from anncvt.passes.pairing import Pair
 
@@ -53,7 +53,7 @@ def fit_taps(
     # A copy where a weight is laid out otherwise (channels_last).
     weight = adder.weight.reshape(adder.groups, adder.out_channels // adder.groups, -1, at.taps.shape[1])
     scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).view(adder.groups, -1)
-    descents = [Descent(*group) for group in zip(weight, scale, at.taps, at.grids, at.targets, strict=True)]
+    descents = [CoordinateDescent(*group) for group in zip(weight, scale, at.taps, at.grids, at.targets, strict=True)]
     done, changed = 0, 1.0
     while done < most and changed >= SETTLED:
         if done and seconds is not None and (time.monotonic() - begin) * (done + 1) > seconds * done:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from anncvt.passes.coordinate_descent import Descent, candidates
+from anncvt.passes.coordinate_descent import CoordinateDescent, candidates
 
 
 def _problem(outputs=5, copies=1, taps=6, positions=400, seed=0):
@@ -24,7 +24,7 @@ def _response(weight, x):
 
 @pytest.mark.parametrize("copies", [1, 2])
 def test_every_sweep_explains_more(copies):
-    descent = Descent(*_problem(copies=copies))
+    descent = CoordinateDescent(*_problem(copies=copies))
     generator = torch.Generator().manual_seed(0)
     explained = [descent.r2()]
     for _ in range(5):
@@ -37,7 +37,7 @@ def test_every_sweep_explains_more(copies):
 @pytest.mark.parametrize("copies", [1, 3])
 def test_weights_line_and_statistics_belong_together(copies):
     weight, scale, x, grids, targets = _problem(copies=copies)
-    descent = Descent(weight, scale, x, grids, targets)
+    descent = CoordinateDescent(weight, scale, x, grids, targets)
     descent.sweep(torch.Generator().manual_seed(0))
     response = _response(weight, x)
     mean, variance = descent.statistics()
@@ -54,7 +54,7 @@ def test_one_tap_gets_the_best_of_all_candidates():
     wanted = grids[0, [2, 4, 9, 13]]
     targets = -2 * (x - wanted[:, None]).abs() + 1
     scale = 2 * scale
-    descent = Descent(weight, scale, x, grids, targets)
+    descent = CoordinateDescent(weight, scale, x, grids, targets)
     for _ in range(3):
         descent.sweep(torch.Generator().manual_seed(0))
     assert torch.equal(weight.flatten(), wanted)
@@ -66,7 +66,7 @@ def test_one_tap_gets_the_best_of_all_candidates():
 def test_an_output_that_never_varies_does_no_harm():
     weight, scale, x, grids, targets = _problem()
     targets[1] = 7
-    descent = Descent(weight, scale, x, grids, targets)
+    descent = CoordinateDescent(weight, scale, x, grids, targets)
     for _ in range(2):
         descent.sweep(torch.Generator().manual_seed(0))
     assert all(value.isfinite().all() for value in (scale, weight, *descent.statistics()))

@@ -4,7 +4,7 @@
    the teacher computes there; then all layers of a block to what the teacher's block computes.
 2. All together, end to end (:mod:`anncvt.passes.fit_jointly`).
 3. Where there is time left, the logits are distilled (:mod:`anncvt.passes.fit_logits`).
-4. The BatchNorm statistics are taken again, from images augmented as in the last stage.
+4. The BatchNorm statistics are taken again.
 
 All steps use the op's exact (sign) gradient: the smoothed one of AdderNet training measures worse here.
 """
@@ -50,8 +50,8 @@ class CalibrationConfig:
     block: BlockFit = field(default_factory=BlockFit)
     joint: JointFit = field(default_factory=JointFit)
     logits: LogitFit = field(default_factory=LogitFit)
-    layer_share: float = 0.5  # of a time budget
-    block_share: float = 0.3
+    layer_share: float = 0.2  # of a time budget
+    block_share: float = 0.65
 
 
 def calibrate(
@@ -73,7 +73,7 @@ def calibrate(
         images: calibration images; labels are not looked at.
         budget: seconds to spend. The numbers of steps are chosen from the measured time of a step, and recorded.
             ``None``: exactly the numbers in ``config``.
-        seed: of the order of the images and their augmentation.
+        seed: of the order of the images, and of which are mirrored.
         memory: bytes for activations. With less, fewer of the images serve for blocks, and batches are smaller.
         config: hyper-parameters.
         folder: the program folder; what is fitted is kept there, so that nothing is lost if the run is interrupted.
@@ -122,12 +122,9 @@ def calibrate(
             fit_jointly(*networks, config.joint, state.joint, *then, outputs=teachable)
             if teachable:
                 fit_logits(*networks, config.logits, state.logits, *then)
-            # As the last stage saw them: those of plain images cost up to two points.
-            last_stage = config.logits if state.logits.steps else config.joint
-            augmented = last_stage.augment and bool(state.joint.steps or state.logits.steps)
             chosen = torch.randperm(len(images), generator=state.generator)[:2048]
             parts = [part for part in chosen.split(size) if len(part) == size]
-            refresh_statistics(student, paired, (draw.of(part, augmented) for part in parts))
+            refresh_statistics(student, paired, map(draw.plain, parts))
             last = explained(teacher, student.eval(), paired, draw.plain(chosen[:size]))
     except KeyboardInterrupt:
         progress.note(state.summary(len(paired)))
@@ -204,18 +201,21 @@ class _Batches:
 
     def plain(self, indices: Tensor) -> Tensor:
         """Those at ``indices``."""
-        return self.of(indices, False)
+        return self._as_taken(self.images.pixels[indices])
 
-    def next(self, count: int, augmented: bool) -> Tensor:
-        """``count`` images at random: what comes next depends on the generator alone."""
-        return self.of(torch.randperm(len(self.images), generator=self.generator)[:count], augmented)
+    def next(self, count: int, mirrored: bool) -> Tensor:
+        """``count`` images at random: what comes next depends on the generator alone.
 
-    def of(self, indices: Tensor, augmented: bool) -> Tensor:
-        """Those at ``indices``, pictures shifted and mirrored at random if they are to be ``augmented``."""
-        pixels = self.images.pixels[indices]
-        if augmented and pixels.dim() == 4:
-            pad = max(1, pixels.shape[-1] // 8)
-            pixels = augment(pixels, self.generator, pad=pad, flip=self.images.flip)
+        Args:
+            mirrored: half of them, where a mirrored picture is one of the same kind. Shifted ones, with black borders,
+                give a network other statistics than it meets later.
+        """
+        pixels = self.images.pixels[torch.randperm(len(self.images), generator=self.generator)[:count]]
+        if mirrored and self.images.flip and pixels.dim() == 4:
+            pixels = augment(pixels, self.generator, pad=0)
+        return self._as_taken(pixels)
+
+    def _as_taken(self, pixels: Tensor) -> Tensor:
         return channels_last(normalise(pixels, self.program.preprocess))
 
 

@@ -22,15 +22,16 @@ ROOM = 3
 
 @dataclass(frozen=True)
 class JointFit:
-    """How all layers are fitted together; the rates measured best before there were blocks (benchmarks/RESULTS.md)."""
+    """How all layers are fitted together; rates between those tried (benchmarks/RESULTS.md)."""
 
     steps: int = 300
+    least_steps: int = 100  # with less time, the stage is left out: it loses first
     batch_size: int = 64
-    lr: float = 3e-4  # Adam, of everything but adder weights
-    weight_lr: float = 0.001  # Adam, of adder weights, relative to the standard deviation of each layer's input
+    lr: float = 5e-4  # Adam, of everything but adder weights
+    weight_lr: float = 0.003  # Adam, of adder weights, relative to the standard deviation of each layer's input
     temperature: float = 2.0
     feature_weight: float = 1.0
-    augment: bool = True
+    mirror: bool = True
 
 
 def fit_jointly(
@@ -49,9 +50,9 @@ def fit_jointly(
     """Train ``student`` from ``state`` to the end; ``state`` follows.
 
     Args:
-        batch: the next images, so many, augmented or not.
-        deadline: on the monotonic clock; the number of steps follows from it, but where there is time for
-            :data:`ROOM` times ``how.steps``, only those are taken. ``None``: ``how.steps``.
+        batch: the next images, so many, mirrored at random or not.
+        deadline: on the monotonic clock; the number of steps follows from it (:func:`_chosen`). ``None``:
+            ``how.steps``.
         on_step: called after every step.
         outputs: compare what the networks return, too, and not the layers alone.
 
@@ -69,15 +70,22 @@ def fit_jointly(
     train(
         "fit jointly",
         optimizer,
-        lambda: _loss(teacher, student, paired, batch(how.batch_size, how.augment), how, r2, outputs),
+        lambda: _loss(teacher, student, paired, batch(how.batch_size, how.mirror), how, r2, outputs),
         state,
         how.steps,
         deadline,
-        chosen=lambda fit: how.steps if fit >= ROOM * how.steps else fit,
+        chosen=lambda fit: _chosen(fit, how),
         on_step=on_step,
         shown=lambda: {"r2": sum(r2.values()) / max(1, len(r2))},
         progress=progress,
     )
+
+
+def _chosen(fit: int, how: JointFit) -> int:
+    """Of the steps there is time for, those to take: with :data:`ROOM` times ``how.steps``, the rest is left."""
+    if fit < how.least_steps:
+        return 0
+    return how.steps if fit >= ROOM * how.steps else fit
 
 
 def _loss(

@@ -163,7 +163,7 @@ def _fit(
     mapped_r2 = best.r2
     sweeps = 0
     if how.sweeps:
-        within = None if seconds is None else how.sweep_share * seconds
+        within = None if seconds is None else (how.sweep_share if how.steps else 1) * seconds
         report = functools.partial(on_step, pair.name)
         sweeps = fit_taps(pair, train, how.sweeps, memory, generator, within, report)
         best.judge()
@@ -211,7 +211,7 @@ def _train(
 
     norm.train()
     steps = how.steps
-    if seconds is not None:
+    if steps and seconds is not None:
         steps = min(steps, steps_within(seconds, lambda: step(0.0), least=how.least_steps))
     for at in range(steps):
         step(cosine(at, steps, warmup=0.02))

@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,8 @@ class LocalFit:
         block: BlockFit,
     ) -> None:
         self.graph, self.student, self.layer, self.block = graph, student, layer, block
+        #: Gradients come with the block, at whose rates it is soon forgotten what they did to a layer before.
+        self.begun = replace(layer, steps=0) if layer.sweeps and block.steps else layer
         shapes = shapes_of(graph, teacher, batch(order[:1]))
         reached = {str(node.target) for node in graph.nodes if node.op == "call_module"}
         self.paired = [pair for pair in paired if pair.name in reached]
@@ -93,12 +95,15 @@ class LocalFit:
                 for _ in self.walk.after(block.start, count):
                     pass
                 mark = self.walk.mark()
-                self._layers(list(block.paired), clock, generator, on_done, task)
+                self._layers(list(block.paired), self.begun, clock, generator, on_done, task)
                 self._block(f"block {at + 1}", block, mark, clock, generator, task)
                 on_done()
-            self._layers([pair for pair in self.paired if pair.name not in inside], clock, generator, on_done, task)
+            rest = [pair for pair in self.paired if pair.name not in inside]
+            self._layers(rest, self.layer, clock, generator, on_done, task)
 
-    def _layers(self, paired: list[Pair], clock: Shares, generator: torch.Generator, on_done: Any, task: Any) -> None:
+    def _layers(
+        self, paired: list[Pair], how: LayerFit, clock: Shares, generator: torch.Generator, on_done: Any, task: Any
+    ) -> None:
         todo = [pair for pair in paired if pair.name not in self.layers]
         results = fit_layers(
             self.walk,
@@ -106,7 +111,7 @@ class LocalFit:
             todo,
             self._chunks,
             [len(part) for part in self.parts],
-            self.layer,
+            how,
             generator,
             clock.take,
             lambda name, r2: task.advance(0, layer=name, r2=r2),

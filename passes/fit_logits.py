@@ -32,7 +32,7 @@ class LogitFit:
     momentum: float = 0.9
     weight_decay: float = 5e-4  # of the weights of kept layers
     temperature: float = 4.0
-    augment: bool = True
+    mirror: bool = True
 
 
 def fit_logits(
@@ -57,7 +57,7 @@ def fit_logits(
     train_mode(student, paired)
 
     def loss() -> Tensor:
-        x = batch(how.batch_size, how.augment)
+        x = batch(how.batch_size, how.mirror)
         with torch.no_grad():
             wanted = teacher(x)
         return output_loss(student(x), wanted, how.temperature)

@@ -87,9 +87,9 @@ def test_each_stage_improves_on_the_map():
         config = CalibrationConfig(
             LayerFit(sweeps=sweeps, steps=layer, positions=1024),
             BlockFit(steps=block, positions=1024, weight_lr=0.05, norm_lr=0.01),
-            # Not augmented: the distance is measured on these very images.
-            JointFit(steps=joint, batch_size=16, lr=1e-3, weight_lr=0.01, augment=False),
-            LogitFit(steps=logits, batch_size=16, augment=False),
+            # Not mirrored: the distance is measured on these very images.
+            JointFit(steps=joint, batch_size=16, lr=1e-3, weight_lr=0.01, mirror=False),
+            LogitFit(steps=logits, batch_size=16, mirror=False),
         )
         calibrate(program, _images(), config=config)
         distances.append(_distance(program, _images()))
@@ -231,17 +231,21 @@ def test_same_seed_same_weights():
     assert any(not torch.equal(students[0][name], students[2][name]) for name in students[0])
 
 
-def test_a_budget_is_kept_and_its_steps_recorded():
-    program = _program(Residual())
-    calibrate(program, _images(), budget=3.0)
+@pytest.mark.parametrize("least", [1, 10**6])
+def test_a_budget_is_kept_and_its_steps_recorded(least):
+    program, config = _program(Residual()), CalibrationConfig(joint=JointFit(least_steps=least))
+    calibrate(program, _images(), budget=3.0, config=config)
     record = program.history[-1]
     assert record.seconds < 12
-    assert record.metrics["joint_steps"] >= 10
+    assert record.metrics["blocks"][0]["steps"] >= 10
+    assert bool(record.metrics["joint_steps"]) == (least == 1)  # too few to gain are not taken
     assert not record.metrics["logit_steps"]  # there was no time left for them
 
 
 def test_time_that_the_joint_stage_leaves_goes_to_the_logits():
-    config = replace(QUICK, joint=replace(QUICK.joint, steps=3), logits=replace(QUICK.logits, least_steps=1))
+    config = replace(
+        QUICK, joint=replace(QUICK.joint, steps=3, least_steps=1), logits=replace(QUICK.logits, least_steps=1)
+    )
     program = _program(Residual())
     calibrate(program, _images(), budget=3.0, config=config)
     metrics = program.history[-1].metrics
@@ -309,9 +313,11 @@ def test_every_layer_reports_how_it_fits():
     for row in program.history[-1].metrics["layers"].values():
         assert row["mapped_r2"] <= row["r2"] <= 1  # a fit that is worse than the map is not taken
         assert 0 <= row["outside"] <= 1
-        assert row["steps"] == QUICK.layer.steps
+        assert 1 <= row["sweeps"] <= QUICK.layer.sweeps
+        assert row["steps"] == 0  # those of the block follow
     (block,) = program.history[-1].metrics["blocks"]
     assert block["before_r2"] <= block["r2"] <= 1
+    assert block["steps"] == QUICK.block.steps
 
 
 def test_no_images_and_no_rewrite_are_named():

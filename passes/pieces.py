@@ -116,6 +116,15 @@ class Fuser:
         self.tensors[node] = piece.name
         return piece
 
+    def twice(self, source: fx.Node) -> str:
+        """The tensor of what ``source`` computes and, behind its channels, the same again; made if it is not there."""
+        tensor, (channels, height, width) = self.tensor(source), self.shape(source)
+        name = f"{tensor}.twice"
+        if all(piece.name != name for piece in self.pieces.order):
+            shape = (2 * channels, height, width)
+            self.pieces.order.append(Piece(name, "concatenate", (tensor, tensor), shape, source, source))
+        return name
+
     def rescale(self, node: fx.Node, source: fx.Node) -> Piece:
         """A new piece that takes ``source`` as it is."""
         self.tensor(source)

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from anncvt.nn import AdderConv2d, AdderLinear, _AdderNd
 from anncvt.passes.joining import Joining, Limits, Line, Same, Sum, Unjoinable, argument, joining, line, source_of
-from anncvt.passes.pieces import Fuser, Pieces, flat_graph, node_values, refused
+from anncvt.passes.pieces import Fuser, Piece, Pieces, flat_graph, node_values, refused
 from anncvt.program import Program
 from anncvt.runtime.integer import Window
 from anncvt.runtime.integer_network import INPUT
@@ -102,8 +102,6 @@ def _window(module: Any, padding: tuple[int, int, int, int]) -> Window:
 
 
 def _adder(fuser: Fuser, node: fx.Node, source: fx.Node, module: _AdderNd) -> None:
-    if module.doubled:
-        raise refused(node, "is a doubled adder (two weights per input), which integer networks do not have")
     if isinstance(module, AdderLinear):
         _row(fuser, node, source)
         window = Window()
@@ -112,9 +110,10 @@ def _adder(fuser: Fuser, node: fx.Node, source: fx.Node, module: _AdderNd) -> No
         window = _window(module, (top, left, bottom, right))
     else:
         raise refused(node, f"is a {type(module).__name__} with padding_mode {module.padding_mode!r}")
-    _layer(fuser, node, source, "adder", module, window)
+    read = fuser.twice(source) if module.doubled else fuser.tensor(source)
+    piece = _layer(fuser, node, source, "adder", module, window)
+    piece.inputs = (read,)
     if module.norm is not None:
-        piece = fuser.pieces[fuser.tensors[node]]
         scale, shift = line(cast(_BatchNorm, module.norm))
         assert piece.scale is not None and piece.shift is not None
         piece.scale, piece.shift = piece.scale * scale, piece.shift * scale + shift
@@ -142,13 +141,13 @@ def _row(fuser: Fuser, node: fx.Node, source: fx.Node) -> None:
         raise refused(node, "is a Linear layer over something else than a row an image")
 
 
-def _layer(fuser: Fuser, node: fx.Node, source: fx.Node, op: str, module: Any, window: Window) -> None:
+def _layer(fuser: Fuser, node: fx.Node, source: fx.Node, op: str, module: Any, window: Window) -> Piece:
     weight = _double(module.weight)
     weight = weight[:, :, None, None] if weight.ndim == 2 else weight
     shift = torch.zeros(len(weight), dtype=torch.float64) if module.bias is None else _double(module.bias)
     scale = torch.ones(len(weight), dtype=torch.float64)
     kernel = (weight.shape[2], weight.shape[3])
-    fuser.begin(node, op, source, window=window, kernel=kernel, weight=weight, scale=scale, shift=shift)
+    return fuser.begin(node, op, source, window=window, kernel=kernel, weight=weight, scale=scale, shift=shift)
 
 
 def _mean(fuser: Fuser, node: fx.Node) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -115,9 +115,11 @@ def pixel_table(preprocess: Preprocess, *, power_of_two: bool = False) -> tuple[
     return grid, grid.quantise(values)
 
 
-def _adder_grids(network: IntegerNetwork) -> dict[str, Grid]:
-    """Of every tensor that an adder reads."""
-    return {name: network.grid(name) for step in network.steps if step.op == "adder" for name in step.inputs}
+def _adder_grids(network: IntegerNetwork, pieces: Pieces) -> dict[str, Grid]:
+    """Of every tensor that an adder reads: by the name of the piece whose grid it is, or of the copy."""
+    names = {piece.name for piece in pieces.order}
+    read = {name for step in network.steps if step.op == "adder" for name in step.inputs}
+    return {pieces.grid_owner(name) if name in names else name: network.grid(name) for name in read}
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class _Quantizer:
         trained_on: IntegerNetwork | None,
     ) -> None:
         self.pieces, self.samples, self.config = pieces, samples, config
-        self.kept = {} if trained_on is None else _adder_grids(trained_on)
+        self.kept = {} if trained_on is None else _adder_grids(trained_on, pieces)
         steps = () if trained_on is None else trained_on.steps
         self.kept_groups = {step.name: step.filter_group for step in steps if step.filter_group is not None}
         self.input_shape: tuple[int, int, int] = preprocess.input_size  # type: ignore[assignment]
@@ -182,9 +184,7 @@ class _Quantizer:
         grid = self._logit_grid(piece) if is_last else self._output_grid(piece)
         self.grids[piece.name] = grid
         step, line = self._step(piece, grid)
-        accumulators = [
-            accumulate(step, list(parts)) for parts in zip(*(self.values[n] for n in step.inputs), strict=True)
-        ]
+        accumulators = [accumulate(step, parts) for parts in self._inputs(step)]
         line = self._fitted(piece, line, accumulators)
         low, high = (-(2**31), 2**31 - 1) if is_last else _limits(piece, grid)
         epilogue = self._epilogue(line, grid, piece.residual, low, high)
@@ -200,8 +200,12 @@ class _Quantizer:
         values = (grid.zero,) if piece.op == "pad" else ()
         step = Step(piece.name, piece.op, piece.inputs, piece.shape, grid, piece.window, piece.kernel)
         step = replace(step, pad_values=values, channels=piece.channels)
-        self.values[piece.name] = [rearrange(step, part) for part in self.values[piece.inputs[0]]]
+        self.values[piece.name] = [rearrange(step, parts) for parts in self._inputs(step)]
         self.steps.append(step)
+
+    def _inputs(self, step: Step) -> Iterator[tuple[Tensor, ...]]:
+        """What a step reads, a part of the images at a time."""
+        return zip(*(self.values[name] for name in step.inputs), strict=True)
 
     def _output_grid(self, piece: Piece) -> Grid:
         bits = self.config.bits if self.config.groups == 1 and self._only_adders_read(piece.name) else 8

@@ -116,8 +116,9 @@ class Step:
 
 
 #: adder, convolution: see there. sum_pool: sums over windows. rescale: the input itself. These four have an epilogue.
-#: max_pool, slice (every ``stride``-th pixel), pad and flatten keep the grid of their input.
-OPS = ("adder", "convolution", "sum_pool", "rescale", "max_pool", "slice", "pad", "flatten")
+#: max_pool, slice (every ``stride``-th pixel), pad, flatten and concatenate (the channels of all ``inputs``, which have
+#: one grid) keep the grid of their input.
+OPS = ("adder", "convolution", "sum_pool", "rescale", "max_pool", "slice", "pad", "flatten", "concatenate")
 #: Of these, the ones with an accumulator and an epilogue.
 ACCUMULATING = OPS[:4]
 
@@ -190,21 +191,24 @@ def accumulate(step: Step, inputs: Sequence[Array]) -> Array:
     return inputs[0].astype(np.int32)
 
 
-def rearrange(step: Step, x: Array) -> Array:
-    """The output of a step that has no accumulator: the integers of ``x``, fewer or elsewhere."""
+def rearrange(step: Step, inputs: Sequence[Array]) -> Array:
+    """The output of a step that has no accumulator: the integers of its inputs, fewer or elsewhere."""
+    x = inputs[0]
     if step.op == "max_pool":
         return max_pool(x, step.kernel, step.window)
     if step.op == "slice":
         return np.ascontiguousarray(x[:, :, :: step.window.stride[0], :: step.window.stride[1]])
     if step.op == "pad":
         return _padded(x, Padding(*step.window.padding), step.pad_values[0], step.channels)
+    if step.op == "concatenate":
+        return np.concatenate(inputs, 1)
     return x.reshape(len(x), *step.shape)
 
 
 def execute(step: Step, inputs: Sequence[Array], residual: Array | None) -> tuple[Array, Array | None]:
     """The output of a step and, where it has one, its accumulators."""
     if step.epilogue is None:
-        return rearrange(step, inputs[0]), None
+        return rearrange(step, inputs), None
     accumulators = accumulate(step, inputs)
     return step.epilogue.apply(accumulators, residual), accumulators
 

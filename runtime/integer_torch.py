@@ -28,7 +28,7 @@ Compute = Callable[[Step, Sequence[Tensor], "Tensor | None"], "tuple[Tensor, Ten
 def execute(step: Step, inputs: Sequence[Tensor], residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The output of a step and, where it has one, its accumulators."""
     if step.epilogue is None:
-        return rearrange(step, inputs[0]), None
+        return rearrange(step, inputs), None
     accumulators = accumulate(step, inputs)
     return finish(step.epilogue, accumulators, residual), accumulators
 
@@ -73,8 +73,9 @@ def accumulate(step: Step, inputs: Sequence[Tensor]) -> Tensor:
     return x.int()
 
 
-def rearrange(step: Step, x: Tensor) -> Tensor:
+def rearrange(step: Step, inputs: Sequence[Tensor]) -> Tensor:
     """The output of a step that has no accumulators, uint8."""
+    x = inputs[0]
     if step.op == "max_pool":
         padded = F.pad(x, _sides(step), value=0)
         return F.max_pool2d(padded.float(), step.kernel, step.window.stride, 0, step.window.dilation).to(torch.uint8)
@@ -82,6 +83,8 @@ def rearrange(step: Step, x: Tensor) -> Tensor:
         return x[:, :, :: step.window.stride[0], :: step.window.stride[1]].contiguous()
     if step.op == "pad":
         return F.pad(x, [*_sides(step), *step.channels], value=step.pad_values[0])
+    if step.op == "concatenate":
+        return torch.cat([*inputs], 1)
     return x.reshape(len(x), *step.shape)
 
 

@@ -77,10 +77,10 @@ def integer_model(
     graph = _Graph(network, opset)
     _enter(graph, preprocess, image)
     for step in network.steps:
-        if fuse and step.op == "max_pool" and graph.layouts.get(step.inputs[0]) == {blocked_of(step.inputs[0])}:
-            _blocked_max_pool(graph, step)
+        if step.epilogue is None and _stays_blocked(graph, step):
+            _BLOCKED[step.op](graph, step)
         elif step.epilogue is None:
-            _REARRANGING[step.op](graph, step, graph.plain(step.inputs[0]))
+            _REARRANGING[step.op](graph, step, [graph.plain(name) for name in step.inputs])
             graph.shaped(integers_of(step.name), TensorProto.UINT8, step.shape)
         elif fuse and step.op == "adder" and _ends_in_bytes(step.epilogue):
             _fused(graph, step, step.epilogue)
@@ -423,6 +423,19 @@ def _finish(graph: _Graph, step: Step, epilogue: Epilogue) -> None:
     graph.shaped(integers_of(name), element, step.shape)
 
 
+def _stays_blocked(graph: _Graph, step: Step) -> bool:
+    """Whether the inputs of a step are there in blocks, and its output can be made of them."""
+    there = all(blocked_of(name) in graph.layouts.get(name, ()) for name in step.inputs)
+    whole = all(_shape(graph.network, name)[0] % LANES == 0 for name in step.inputs[:-1])
+    return there and whole and step.op in _BLOCKED
+
+
+def _blocked_concatenation(graph: _Graph, step: Step) -> None:
+    graph.node("Concat", [blocked_of(name) for name in step.inputs], blocked_of(step.name), name=step.name, axis=1)
+    graph.shaped(blocked_of(step.name), TensorProto.UINT8, blocked_shape(step.shape))
+    graph.layouts[step.name] = {blocked_of(step.name)}
+
+
 def _blocked_max_pool(graph: _Graph, step: Step) -> None:
     window: dict[str, Any] = {"kernel_shape": step.kernel, **_window(step)}
     del window["group"]
@@ -440,19 +453,19 @@ def _column(values: Array) -> Array:
     return values.astype(np.int64).reshape(-1, 1, 1)
 
 
-def _max_pool(graph: _Graph, step: Step, x: str) -> None:
+def _max_pool(graph: _Graph, step: Step, inputs: Sequence[str]) -> None:
     window = _window(step)
     del window["group"]
-    graph.node("MaxPool", [x], integers_of(step.name), name=step.name, kernel_shape=step.kernel, **window)
+    graph.node("MaxPool", inputs, integers_of(step.name), name=step.name, kernel_shape=step.kernel, **window)
 
 
-def _slice(graph: _Graph, step: Step, x: str) -> None:
+def _slice(graph: _Graph, step: Step, inputs: Sequence[str]) -> None:
     rows = {"starts": (0, 0), "ends": (2**31, 2**31), "axes": (2, 3), "steps": step.window.stride}
     operands = [graph.constant(f"{step.name}/{part}", np.array(row, np.int64)) for part, row in rows.items()]
-    graph.node("Slice", [x, *operands], integers_of(step.name), name=step.name)
+    graph.node("Slice", [*inputs, *operands], integers_of(step.name), name=step.name)
 
 
-def _pad(graph: _Graph, step: Step, x: str) -> None:
+def _pad(graph: _Graph, step: Step, inputs: Sequence[str]) -> None:
     top, left, bottom, right = step.window.padding
     before, behind = step.channels
     pads = np.array([0, before, top, left, 0, behind, bottom, right], np.int64)
@@ -460,12 +473,16 @@ def _pad(graph: _Graph, step: Step, x: str) -> None:
         graph.constant(f"{step.name}/pads", pads),
         graph.constant(f"{step.name}/zero", np.uint8(step.pad_values[0])),
     ]
-    graph.node("Pad", [x, *operands], integers_of(step.name), name=step.name)
+    graph.node("Pad", [*inputs, *operands], integers_of(step.name), name=step.name)
 
 
-def _flatten(graph: _Graph, step: Step, x: str) -> None:
+def _flatten(graph: _Graph, step: Step, inputs: Sequence[str]) -> None:
     shape = graph.constant(f"{step.name}/shape", np.array([0, *step.shape], np.int64))
-    graph.node("Reshape", [x, shape], integers_of(step.name), name=step.name)
+    graph.node("Reshape", [*inputs, shape], integers_of(step.name), name=step.name)
+
+
+def _concatenate(graph: _Graph, step: Step, inputs: Sequence[str]) -> None:
+    graph.node("Concat", inputs, integers_of(step.name), name=step.name, axis=1)
 
 
 def _window(step: Step) -> dict[str, Any]:
@@ -484,9 +501,15 @@ _ACCUMULATING: dict[str, Callable[[_Graph, Step, Sequence[str]], None]] = {
     "sum_pool": _sum_pool,
     "rescale": _rescale,
 }
-_REARRANGING: dict[str, Callable[[_Graph, Step, str], None]] = {
+_REARRANGING: dict[str, Callable[[_Graph, Step, Sequence[str]], None]] = {
     "max_pool": _max_pool,
     "slice": _slice,
     "pad": _pad,
     "flatten": _flatten,
+    "concatenate": _concatenate,
+}
+#: Of these, the ones that there are in blocked layout, too.
+_BLOCKED: dict[str, Callable[[_Graph, Step], None]] = {
+    "max_pool": _blocked_max_pool,
+    "concatenate": _blocked_concatenation,
 }

@@ -9,6 +9,7 @@ import anncvt
 from anncvt.fake_quant import FakeQuant, fake_quantised, straight_through
 from anncvt.measure import DataChoice
 from anncvt.nn import AdderConv2d, AdderLinear
+from anncvt.passes.choice import Choice
 from anncvt.passes.quantize import QuantizeConfig, quantize
 from anncvt.runtime import integer, integer_network, integer_torch
 from anncvt.runtime.integer import Grid
@@ -103,11 +104,14 @@ def test_training_options_without_qat_are_a_mistake(converted):
     assert shown.exit_code == 2 and "--qat" in shown.output
 
 
-def test_integers_after_training_are_those_that_were_trained_for():
+@pytest.mark.parametrize(
+    ("cnn", "groups", "double"), [(ZeroPadded, 2, []), (Residual, 1, ["*"])], ids=["groups", "doubled"]
+)
+def test_integers_after_training_are_those_that_were_trained_for(cnn, groups, double):
     """Grids and groups stay although the weights have moved, and the line is fitted to what was trained."""
-    program = adder_program(ZeroPadded(), 8)
+    program = adder_program(cnn(), 8, choice=Choice.of(double=double))
     images = noise(48, (3, 8, 8))
-    config = QuantizeConfig(bits=4, groups=2)
+    config = QuantizeConfig(bits=4, groups=groups)
     before = quantize(program, images, config)
     torch.manual_seed(1)
     with torch.no_grad():

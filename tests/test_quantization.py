@@ -2,6 +2,7 @@ import json
 import shutil
 
 import pytest
+from conftest import EXAMPLES
 
 import anncvt
 from anncvt.cli import cli
@@ -100,6 +101,33 @@ def test_integers_are_compiled_run_and_checked_as_a_whole(converted, picture):
     answered("export", converted, "--int8", "--body", "one")
     found = [answered(*run, "--backend", name)["images"] for name in ("tvm", "onnxruntime", "torch")]
     assert found[0] == found[1] == found[2] and len(found[0][0]["top"]) == 5
+
+
+def test_a_doubled_network_by_the_command_line(tmp_path, picture):
+    """From the CNN to integers that every backend computes alike."""
+    pytest.importorskip("tvm")
+    from click.testing import CliRunner
+
+    def answered(*arguments):
+        shown = CliRunner().invoke(cli, [*map(str, arguments), "--json"])
+        assert shown.exit_code == 0, shown.output
+        return json.loads(shown.stdout)
+
+    folder, data = tmp_path / "doubled.ann", ("--calibrate", "digits", "--limit", 64)
+    network = ("--arch", "digits_net:DigitsNet", "--input-size", 16, "--mean", 0.5, "--std", 0.5)
+    weights = EXAMPLES / "digits_net.safetensors"
+    answered("convert", weights, *network, *data, "--budget", 1, "--double", "*", "-o", folder)
+    assert any(layer.doubled for layer in anncvt.load(folder).plan.layers)
+    answered("quantize", folder, *data)
+    assert any(step.op == "concatenate" for step in integer_network.load(folder).steps)
+    answered("export", folder, "--int8", "--fuse")
+    answered("compile", folder, "--int8")
+    checked = answered("check", folder, "--int8", "--layers")
+    assert all(row["ok"] for row in checked["backends"].values())
+    assert {"torch", "TVM", "TVM library", "onnxruntime"} <= set(checked["backends"])
+    run = ("run", folder, "--input", picture, "--int8", "--backend")
+    found = [answered(*run, name)["images"] for name in ("tvm", "onnxruntime", "torch")]
+    assert found[0] == found[1] == found[2]
 
 
 def test_the_integers_as_onnx(converted):

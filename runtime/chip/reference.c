@@ -11,11 +11,11 @@
 
 #define NAME 256
 #define PATH 1024
-#define INPUTS 256 /* filter groups of a layer */
+#define INPUTS 256 /* filter groups of a layer, parts of a concatenation */
 
-enum op { ADDER, CONVOLUTION, SUM_POOL, RESCALE, MAX_POOL, SLICE, PAD, FLATTEN, OPS };
+enum op { ADDER, CONVOLUTION, SUM_POOL, RESCALE, MAX_POOL, SLICE, PAD, FLATTEN, CONCATENATE, OPS };
 static const char *const OP_NAMES[OPS] = {
-    "adder", "convolution", "sum_pool", "rescale", "max_pool", "slice", "pad", "flatten"};
+    "adder", "convolution", "sum_pool", "rescale", "max_pool", "slice", "pad", "flatten", "concatenate"};
 
 struct step {
     char file[NAME];
@@ -134,9 +134,14 @@ static int32_t requantise(const struct step *s, const struct tensor *tensors, in
 }
 
 /* One output of an operation that has no accumulator. */
-static int32_t rearrange(const struct step *s, const struct tensor *in, int o, int y, int x) {
+static int32_t rearrange(const struct step *s, const struct tensor *tensors, int o, int y, int x) {
+    const struct tensor *in = &tensors[s->input[0]];
     int32_t best = 0;
     int i, j;
+    if (s->op == CONCATENATE) {
+        for (i = 0; i + 1 < s->inputs && o >= tensors[s->input[i]].c; i++) o -= tensors[s->input[i]].c;
+        return pixel(&tensors[s->input[i]], o, y, x, 0);
+    }
     if (s->op == FLATTEN) return in->data[o];
     if (s->op == SLICE) return pixel(in, o, y * s->stride_h, x * s->stride_w, 0);
     if (s->op == PAD) {
@@ -162,7 +167,7 @@ static void execute(const struct step *s, struct tensor *tensors, struct tensor 
                     accumulators[at] = (int32_t)accumulate(s, tensors, o, y, x);
                     out->data[at] = requantise(s, tensors, accumulators[at], o, y, x);
                 } else {
-                    out->data[at] = rearrange(s, &tensors[s->input[0]], o, y, x);
+                    out->data[at] = rearrange(s, tensors, o, y, x);
                 }
             }
 }

@@ -87,6 +87,8 @@ class _Function:
         return self._values[name]
 
     def _rearranged(self, step: Step) -> Value:
+        if step.op == "concatenate":
+            return self.emitter.concatenate([self._blocked(name) for name in step.inputs])
         x, shape = self._blocked(step.inputs[0]), (self.batch, *step.shape)
         if step.op == "max_pool":
             size, out, window = (x.shape[2], x.shape[3]), (step.shape[1], step.shape[2]), step.window

@@ -6,11 +6,8 @@ from quantized import adder_program, noise
 from torch import nn
 
 from anncvt.errors import AnncvtError
-from anncvt.loading import load
 from anncvt.passes.choice import Choice
 from anncvt.passes.pieces_of import pieces_of
-from anncvt.passes.plan import plan
-from anncvt.passes.rewrite import rewrite
 from anncvt.runtime import fallback
 from anncvt.runtime.integer_network import INPUT
 
@@ -19,7 +16,7 @@ def evaluated(pieces, x):
     """The pieces in real numbers: what fusing must not have changed."""
     values = {INPUT: x.double()}
     for piece in pieces.order:
-        source = values[piece.inputs[0]]
+        source = torch.cat([values[name] for name in piece.inputs], 1)
         top, left, bottom, right = piece.window.padding
         padded = F.pad(source, (left, right, top, bottom, *piece.channels))
         geometry = (piece.window.stride, (0, 0), piece.window.dilation, piece.window.groups)
@@ -34,7 +31,7 @@ def evaluated(pieces, x):
         elif piece.op == "slice":
             y = source[:, :, :: piece.window.stride[0], :: piece.window.stride[1]]
         else:
-            y = {"pad": padded, "rescale": source, "flatten": source.flatten(1)[:, :, None, None]}[piece.op]
+            y = source.flatten(1)[:, :, None, None] if piece.op == "flatten" else padded
         if piece.scale is not None:
             y = y * piece.scale.view(-1, 1, 1) + piece.shift.view(-1, 1, 1)
             y = y if piece.residual is None else y + values[piece.residual]
@@ -61,9 +58,10 @@ class Preactivated(nn.Module):
         return self.head(x.mean((-1, -2), keepdim=True).flatten(1))
 
 
+@pytest.mark.parametrize("double", [[], ["*"]], ids=["single", "doubled"])
 @pytest.mark.parametrize("cnn", [Residual, ZeroPadded, Inverted, Preactivated, NormAct])
-def test_pieces_compute_what_the_network_does(cnn):
-    program = adder_program(cnn(), 8)
+def test_pieces_compute_what_the_network_does(cnn, double):
+    program = adder_program(cnn(), 8, choice=Choice.of(double=double))
     pieces = pieces_of(program)
     x = noise(4, (3, 8, 8)).batch(torch.arange(4), program.preprocess)
     with torch.no_grad():
@@ -150,7 +148,10 @@ def test_gates_and_control_flow_are_refused(cnn, size):
         pieces_of(adder_program(cnn(), size))
 
 
-def test_doubled_adders_are_refused():
-    program = rewrite(plan(load(Residual(), input_size=8), Choice.of(double=["conv1"])))
-    with pytest.raises(AnncvtError, match="conv1: is a doubled adder"):
-        pieces_of(program)
+def test_doubled_adders_of_one_tensor_read_it_twice_in_one_place():
+    pieces = pieces_of(adder_program(Residual(), 8, choice=Choice.of(double=["conv1", "down.0"])))
+    assert [piece.op for piece in pieces.order].count("concatenate") == 1
+    twice = pieces["conv1"].inputs[0]
+    assert pieces["down.0"].inputs == (twice,) and pieces[twice].inputs == ("stem", "stem")
+    assert pieces[twice].shape == (8, 8, 8) and pieces["conv1"].weight.shape == (8, 8, 3, 3)
+    assert pieces.grid_owner(twice) == "stem" and pieces["conv2"].inputs == ("conv1",)

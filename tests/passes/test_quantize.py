@@ -145,6 +145,12 @@ def test_linear_adders(config):
     assert all(ops[name] == "adder" for name in swapped)
 
 
+@pytest.mark.parametrize("cnn", [Residual, Inverted, Classifier])
+@pytest.mark.parametrize(("config", "least"), [(QuantizeConfig(), 0.995), (QuantizeConfig(bits=6, groups=2), 0.97)])
+def test_doubled_adders(cnn, config, least):
+    assert agreement(adder_program(cnn(), 8, choice=Choice.of(double=["*"], linear=True)), config) > least
+
+
 def test_linear_adders_over_more_than_rows_are_refused():
     class Tokens(nn.Module):
         def __init__(self):

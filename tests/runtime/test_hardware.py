@@ -12,6 +12,7 @@ from networks import Inverted, Residual, ZeroPadded
 from quantized import adder_program, noise
 
 from anncvt.errors import AnncvtError
+from anncvt.passes.choice import Choice
 from anncvt.passes.quantize import QuantizeConfig, quantize
 from anncvt.runtime import hardware, integer_network
 
@@ -20,13 +21,14 @@ CONFIGS = {
     "plain": (Residual, QuantizeConfig()),
     "zero-padded": (ZeroPadded, QuantizeConfig(bits=4)),
     "inverted": (Inverted, QuantizeConfig(bits=6, groups=2)),
+    "doubled": (Residual, QuantizeConfig(), "*"),
 }
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def network(request):
-    cnn, config = CONFIGS[request.param]
-    return quantize(adder_program(cnn(), 8), noise(32, (3, 8, 8)), config)
+    cnn, config, *double = CONFIGS[request.param]
+    return quantize(adder_program(cnn(), 8, choice=Choice.of(double=double)), noise(32, (3, 8, 8)), config)
 
 
 @pytest.fixture(scope="module")

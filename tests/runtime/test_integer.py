@@ -61,7 +61,7 @@ def test_the_fast_execution_is_the_reference_bit_for_bit(case, op, zero):
     inputs = [random(shape, 0, 255, np.uint8, seed) for seed in range(len(step.pad_values) or 1)]
     tensors = [torch.from_numpy(x) for x in inputs]
     if step.epilogue is None:
-        assert np.array_equal(integer.rearrange(step, inputs[0]), integer_torch.rearrange(step, tensors[0]).numpy())
+        assert np.array_equal(integer.rearrange(step, inputs), integer_torch.rearrange(step, tensors).numpy())
         return
     residual = random((shape[0], *step.shape), 0, 255, np.uint8, 9) if step.residual else None
     output, accumulators = integer.execute(step, inputs, residual)
@@ -73,7 +73,7 @@ def test_the_fast_execution_is_the_reference_bit_for_bit(case, op, zero):
 
 def a_step(op, window, kernel, shape, each, zero):
     size = window.output_size(shape[2:], kernel)
-    if op in ("slice", "pad", "flatten", "rescale"):
+    if op in ("slice", "pad", "flatten", "rescale", "concatenate"):
         kernel = (1, 1)
     outputs = window.groups * each if op in ("adder", "convolution") else shape[1]
     channels, pad_values, filter_group, weight = (0, 0), (zero,), None, None
@@ -91,6 +91,8 @@ def a_step(op, window, kernel, shape, each, zero):
         size = shape[2:]
     elif op == "flatten":
         outputs, size = int(np.prod(shape[1:])), (1, 1)
+    elif op == "concatenate":
+        outputs, size, pad_values = 2 * shape[1], shape[2:], (zero, zero)
     elif op == "pad":
         channels, window = (1, 2), Window(padding=window.padding)
         outputs, size = shape[1] + 3, window.output_size(shape[2:], (1, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -19,6 +20,7 @@ from onnx.reference import ReferenceEvaluator
 from quantized import adder_program, noise
 
 from anncvt.errors import AnncvtError
+from anncvt.passes.choice import Choice
 from anncvt.passes.quantize import QuantizeConfig, pixel_table, quantize
 from anncvt.program import Preprocess, Program, Record
 from anncvt.runtime import integer_network, onnx_file, onnx_native, onnx_trace
@@ -36,14 +38,16 @@ CASES = {
     "padded shortcut, 5 bits": (ZeroPadded, QuantizeConfig(bits=5)),
     "inverted residual, powers of two": (Inverted, QuantizeConfig(bits=6, power_of_two=True)),
     "filter groups, 4 bits": (ZeroPadded, QuantizeConfig(bits=4, groups=3)),
+    "doubled, 6 bits": (Inverted, QuantizeConfig(bits=6), "*"),
+    "doubled, whole blocks": (functools.partial(Residual, 16), QuantizeConfig(), "*"),
 }
 
 
 @pytest.fixture(scope="module", params=CASES)
 def program(request, tmp_path_factory):
     """A program in a folder that has integers."""
-    cnn, config = CASES[request.param]
-    made = adder_program(cnn(), 8)
+    cnn, config, *double = CASES[request.param]
+    made = adder_program(cnn(), 8, choice=Choice.of(double=double))
     made.folder = str(tmp_path_factory.mktemp("quantized"))
     integer_network.save(quantize(made, noise(16, SIZE), config), made.folder)
     return made
@@ -132,7 +136,7 @@ def test_structure_of_fused_adders(program, tmp_path):
     for node in fused:
         assert {made_by[name].op_type for name in (node.input[0], *node.input[4:])} <= {
             "BlockInteger", "FusedAdderInteger2d", "FusedAdderInteger2dResidual", "FusedConvInteger2d",
-            "FusedConvInteger2dBlocked", "FusedConvInteger2dBlockedResidual", "MaxPoolInteger",
+            "FusedConvInteger2dBlocked", "FusedConvInteger2dBlockedResidual", "MaxPoolInteger", "Concat",
         }  # fmt: skip
 
 
@@ -241,13 +245,13 @@ def steps(draw):
         return draw(st.tuples(st.integers(low, high), st.integers(low, high)))
 
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    op = draw(st.sampled_from(integer_network.OPS[:-1]))
+    op = draw(st.sampled_from([op for op in integer_network.OPS if op != "flatten"]))
     zero, groups, channels = draw(st.integers(0, 255)), 1, draw(st.integers(1, 4))
     kernel, window = (1, 1), Window()
     if op in ("adder", "convolution"):
         groups = draw(st.integers(1, 2))
         channels = groups * channels
-    if op not in ("slice", "pad", "rescale"):
+    if op not in ("slice", "pad", "rescale", "concatenate"):
         kernel = pair(1, 3)
         dilation = pair(1, 2) if op != "sum_pool" else (1, 1)
         padding = draw(st.tuples(*[st.integers(0, (k - 1) // 2 if "pool" in op else 2) for k in kernel * 2]))
@@ -265,8 +269,12 @@ def steps(draw):
         out = tuple(-(-size // stride) for size, stride in zip(shape[1:], window.stride, strict=True))
     else:
         out = window.output_size(shape[1:], kernel)
+    inputs = (INPUT,)
+    if op == "concatenate":
+        inputs = (INPUT,) * draw(st.integers(2, 3))
+        filters = channels * len(inputs)
     grid = Grid(1.0, zero)
-    step = Step("step", op, (INPUT,), (filters, *out), grid, window, kernel, pad_values=(zero,), channels=around)
+    step = Step("step", op, inputs, (filters, *out), grid, window, kernel, pad_values=(zero,), channels=around)
     if op in ("adder", "convolution"):
         weight = random.integers(0, 256, (filters, channels // groups, *kernel)).astype(np.uint8)
         weight = weight if op == "adder" else weight.view(np.int8)

@@ -1,5 +1,6 @@
 """Integer networks compiled as a whole: bit for bit the reference, whatever their steps are."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from networks import Inverted, Residual, ZeroPadded
 from quantized import adder_program, noise
 
 from anncvt.errors import AnncvtError
+from anncvt.passes.choice import Choice
 from anncvt.passes.quantize import QuantizeConfig, quantize
 from anncvt.program import Preprocess
 from anncvt.runtime import integer_network
@@ -37,15 +39,18 @@ def equal(network: IntegerNetwork, pixels: np.ndarray, folder: Path) -> runtime.
 
 
 @pytest.mark.parametrize(
-    ("cnn", "config"),
+    ("cnn", "config", "double"),
     [
-        (Residual, QuantizeConfig(bits=5, groups=2)),
-        (ZeroPadded, QuantizeConfig(bits=4)),
-        (Inverted, QuantizeConfig()),
+        (Residual, QuantizeConfig(bits=5, groups=2), []),
+        (ZeroPadded, QuantizeConfig(bits=4), []),
+        (Inverted, QuantizeConfig(), []),
+        (Inverted, QuantizeConfig(), ["*"]),
+        (functools.partial(Residual, 16), QuantizeConfig(bits=6), ["*"]),
     ],
 )
-def test_quantized_networks(cnn, config, tmp_path):
-    network = quantize(adder_program(cnn(), 8), noise(16, (3, 8, 8)), config)
+def test_quantized_networks(cnn, config, double, tmp_path):
+    program = adder_program(cnn(), 8, choice=Choice.of(double=double))
+    network = quantize(program, noise(16, (3, 8, 8)), config)
     model = equal(network, noise(7, (3, 8, 8), 1).pixels.numpy(), tmp_path)
     assert model.manifest["input"] == {"name": "pixels", "shape": ["batch", 3, 8, 8], "dtype": "uint8"}
     assert model.manifest["output"]["scale"] == network.steps[-1].grid.scale
@@ -105,6 +110,20 @@ def test_steps_of_every_kind_with_uneven_geometry(tmp_path):
     last = adder("last", ("copy", "flat"), 180, 21, epilogue(21, 180, *WIDE, residual=70000), "again")
     whole = network(pool, pad, strided, mean, flat, copy, side, again, last, channels=1)
     equal(whole, RANDOM.integers(0, 256, (6, 1, 6, 7)).astype(np.uint8), tmp_path)
+
+
+def test_concatenations_begin_at_any_channel(tmp_path):
+    """Parts that fill no block of channels, that fill some, and one that is read twice; the image itself among them."""
+    joined = Step("joined", "concatenate", (INPUT, INPUT), (10, 6, 7), GRID)
+    pad = Step("pad", "pad", ("joined",), (32, 6, 7), GRID, channels=(4, 18), pad_values=(9,))
+    whole = Step("whole", "concatenate", ("pad", "joined"), (42, 6, 7), GRID)
+    both = Step("both", "concatenate", (INPUT, "whole", "pad"), (79, 6, 7), GRID)
+    average = Epilogue(np.full(79, 1 << 12, np.int32), np.zeros(79, np.int64), 15, 0, 255)
+    mean = Step("mean", "sum_pool", ("both",), (79, 2, 7), GRID, kernel=(5, 1), pad_values=(9,), epilogue=average)
+    flat = Step("flat", "flatten", ("mean",), (1106, 1, 1), GRID)
+    last = adder("last", ("flat",), 1106, 21, epilogue(21, 50, *WIDE), None)
+    pixels = RANDOM.integers(0, 256, (6, 5, 6, 7)).astype(np.uint8)
+    equal(network(joined, pad, whole, both, mean, flat, last, channels=5), pixels, tmp_path)
 
 
 def test_a_pooling_sum_can_be_the_last_step(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,11 +75,27 @@ class Pieces:
             return self[name].node
         return next(node for node in self.graph.nodes if node.op == "placeholder")
 
-    def grid_owner(self, name: str) -> str:
-        """The tensor (a piece's output, or the input) whose grid the tensor ``name`` is on."""
-        while name != INPUT and self[name].scale is None:
-            name = self[name].inputs[0]
-        return name
+    def owners(self, name: str) -> tuple[str, ...]:
+        """The tensors (pieces' outputs, or the input) whose grid ``name`` is on: of a concatenation several."""
+        if name == INPUT or self[name].scale is not None:
+            return (name,)
+        return tuple(dict.fromkeys(owner for source in self[name].inputs for owner in self.owners(source)))
+
+    def sharing(self) -> dict[str, tuple[str, ...]]:
+        """For each tensor whose channels are concatenated with others': all that need one grid for that, in order."""
+        groups: list[set[str]] = []
+        for piece in self.order:
+            if piece.op == "concatenate":
+                joined = set(self.owners(piece.name))
+                groups, apart = [], [*groups]
+                for group in apart:
+                    if group & joined:
+                        joined |= group
+                    else:
+                        groups.append(group)
+                groups.append(joined)
+        ordered = [tuple(piece.name for piece in self.order if piece.name in group) for group in groups]
+        return {name: group for group in ordered for name in group}
 
 
 class Fuser:
@@ -119,11 +136,33 @@ class Fuser:
     def twice(self, source: fx.Node) -> str:
         """The tensor of what ``source`` computes and, behind its channels, the same again; made if it is not there."""
         tensor, (channels, height, width) = self.tensor(source), self.shape(source)
-        name = f"{tensor}.twice"
-        if all(piece.name != name for piece in self.pieces.order):
-            shape = (2 * channels, height, width)
-            self.pieces.order.append(Piece(name, "concatenate", (tensor, tensor), shape, source, source))
-        return name
+        shape = (2 * channels, height, width)
+        return self._extra(Piece(f"{tensor}.twice", "concatenate", (tensor, tensor), shape, source, source))
+
+    def concatenate(self, node: fx.Node, sources: Sequence[fx.Node]) -> None:
+        """The channels of ``sources``, which get one grid; the input, which has that of its pixels, is copied to it."""
+        if len(sources) == 1:
+            self.same(node, sources[0])
+            return
+        tensors = [self.tensor(source) for source in sources]
+        if any(self.pieces.owners(tensor) != (INPUT,) for tensor in tensors):
+            tensors = [self._off_the_pixels(source) for source in sources]
+        self.begin(node, "concatenate", sources[0]).inputs = tuple(tensors)
+
+    def _off_the_pixels(self, source: fx.Node) -> str:
+        """The tensor of what ``source`` computes, or a copy if that is on the grid of the input."""
+        tensor, shape = self.tensor(source), self.shape(source)
+        if self.pieces.owners(tensor) != (INPUT,):
+            return tensor
+        scale, shift = torch.ones(shape[0], dtype=torch.float64), torch.zeros(shape[0], dtype=torch.float64)
+        name = f"{tensor}.rescaled"
+        return self._extra(Piece(name, "rescale", (tensor,), shape, source, source, scale=scale, shift=shift))
+
+    def _extra(self, piece: Piece) -> str:
+        """The name of a piece that no node of the graph stands for; it is added if it is not there yet."""
+        if all(other.name != piece.name for other in self.pieces.order):
+            self.pieces.order.append(piece)
+        return piece.name
 
     def rescale(self, node: fx.Node, source: fx.Node) -> Piece:
         """A new piece that takes ``source`` as it is."""
@@ -196,7 +235,7 @@ def refused(node: fx.Node, why: str) -> AnncvtError:
     return AnncvtError(
         f"{why}: integer networks cannot hold it yet",
         where=f"{name} ({node.name})" if name != node.name else name,
-        fix="quantize a network of convolutions, adders, BatchNorm, ReLU, ReLU6, additions, pooling and Linear layers",
+        fix="quantize a network of convolutions, adders, BatchNorm, ReLU, sums, concatenation, pools and Linear layers",
     )
 
 

@@ -183,9 +183,15 @@ def _average_pool(fuser: Fuser, node: fx.Node, source: fx.Node, options: dict[st
 
 def _max_pool(fuser: Fuser, node: fx.Node, source: fx.Node, options: dict[str, Any]) -> None:
     kernel, padding = _pair(options["kernel_size"]), _pair(options["padding"])
-    if options["ceil_mode"] or options["return_indices"]:
-        raise refused(node, "is a max pooling with ceil_mode or indices")
-    window = Window(_pair(options["stride"] or kernel), padding * 2, _pair(options["dilation"]))
+    stride, dilation = _pair(options["stride"] or kernel), _pair(options["dilation"])
+    # With ceil_mode the last window may reach beyond the padding: then there is more of it, which never wins.
+    behind = tuple(
+        max(before, (out - 1) * s + d * (k - 1) + 1 - size - before)
+        for out, s, d, k, size, before in zip(
+            fuser.shape(node)[1:], stride, dilation, kernel, fuser.shape(source)[1:], padding, strict=True
+        )
+    )
+    window = Window(stride, (*padding, behind[0], behind[1]), dilation)
     fuser.begin(node, "max_pool", source, window=window, kernel=kernel)
 
 
@@ -203,7 +209,6 @@ _MAX = {
     "padding": 0,
     "dilation": 1,
     "ceil_mode": False,
-    "return_indices": False,
 }
 _Pool = Callable[[Fuser, fx.Node, fx.Node, dict[str, Any]], None]
 
@@ -252,6 +257,15 @@ def _zeros(fuser: Fuser, node: fx.Node, source: fx.Node, sides: Any, zero: bool)
     fuser.begin(node, "pad", source, window=window, channels=(front, behind))
 
 
+def _concatenation(fuser: Fuser, node: fx.Node) -> None:
+    parts, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
+    if not isinstance(parts, (tuple, list)) or not all(isinstance(part, fx.Node) for part in parts):
+        raise refused(node, "joins something else than tensors of the network")
+    if dim not in (1, 1 - fuser.values[node].ndim):
+        raise refused(node, "joins tensors along another dimension than channels")
+    fuser.concatenate(node, parts)
+
+
 def _item(fuser: Fuser, node: fx.Node) -> None:
     """``x[:, :, ::2, ::2]``."""
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
@@ -281,6 +295,7 @@ _FUNCTIONS: dict[Any, Callable[[Fuser, fx.Node], None]] = {
     **dict.fromkeys((F.avg_pool2d, torch._C._nn.avg_pool2d), _pool_function(_average_pool, _AVERAGE)),
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _pool_function(_max_pool, _MAX)),
     **dict.fromkeys((F.pad, torch._C._nn.pad), _pad),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _concatenation),
     operator.getitem: _item,
 }
 _METHODS: dict[str, Callable[[Fuser, fx.Node], None]] = {

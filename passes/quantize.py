@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -119,7 +119,8 @@ def _adder_grids(network: IntegerNetwork, pieces: Pieces) -> dict[str, Grid]:
     """Of every tensor that an adder reads: by the name of the piece whose grid it is, or of the copy."""
     names = {piece.name for piece in pieces.order}
     read = {name for step in network.steps if step.op == "adder" for name in step.inputs}
-    return {pieces.grid_owner(name) if name in names else name: network.grid(name) for name in read}
+    owners = {name: pieces.owners(name) if name in names else (name,) for name in read}
+    return {owner: network.grid(name) for name in sorted(read) for owner in owners[name]}
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class _Quantizer:
         self.kept = {} if trained_on is None else _adder_grids(trained_on, pieces)
         steps = () if trained_on is None else trained_on.steps
         self.kept_groups = {step.name: step.filter_group for step in steps if step.filter_group is not None}
+        self.sharing = pieces.sharing()
         self.input_shape: tuple[int, int, int] = preprocess.input_size  # type: ignore[assignment]
         grid, self.table = pixel_table(preprocess, power_of_two=config.power_of_two)
         self.grids = {INPUT: grid}
@@ -208,8 +210,15 @@ class _Quantizer:
         return zip(*(self.values[name] for name in step.inputs), strict=True)
 
     def _output_grid(self, piece: Piece) -> Grid:
-        bits = self.config.bits if self.config.groups == 1 and self._only_adders_read(piece.name) else 8
-        return self.kept.get(piece.name) or self._choose(self.samples[piece.name].output, bits)
+        """One for all that are concatenated: chosen with the first of them."""
+        names = self.sharing.get(piece.name, (piece.name,))
+        settled = next((grids[name] for grids in (self.kept, self.grids) for name in names if name in grids), None)
+        bits = self.config.bits if self.config.groups == 1 and all(map(self._only_adders_read, names)) else 8
+        return settled or self._choose(self._samples(names), bits)
+
+    def _samples(self, names: Iterable[str]) -> Tensor:
+        """What tensors hold in the float network, samples of all of them."""
+        return torch.cat([self.samples[name].output.flatten() for name in names])
 
     def _choose(self, samples: Tensor, bits: int) -> Grid:
         return choose_grid(samples, bits, self.config.range, power_of_two=self.config.power_of_two)
@@ -298,9 +307,9 @@ class _Quantizer:
 
     def _values(self, name: str) -> Tensor:
         """What a tensor holds in the float network, a sample."""
-        owner = self.pieces.grid_owner(name)
-        if owner != INPUT:
-            return self.samples[owner].output
+        owners = self.pieces.owners(name)
+        if owners != (INPUT,):
+            return self._samples(owners)
         return self.grids[INPUT].scale * (self.values[INPUT][0].double() - self.grids[INPUT].zero)
 
     def _narrowed(self, piece: Piece, weight: Tensor, grid: Grid) -> Grid:

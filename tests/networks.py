@@ -173,6 +173,29 @@ class Inverted(nn.Module):
         return self.classifier(self.average(x).view(x.size(0), -1))
 
 
+class Joined(nn.Module):
+    """Concatenations: of branches and a pool that rounds up, of features that grow (a DenseNet's), with the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.pool = nn.MaxPool2d(3, 2, ceil_mode=True)
+        self.left = nn.Sequential(nn.Conv2d(4, 6, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+        self.right = nn.Sequential(nn.Conv2d(4, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5), nn.ReLU6())
+        self.first = nn.Sequential(nn.BatchNorm2d(15), nn.ReLU(), nn.Conv2d(15, 4, 1), nn.BatchNorm2d(4))
+        self.second = nn.Sequential(nn.BatchNorm2d(19), nn.ReLU(), nn.Conv2d(19, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.last = nn.Sequential(nn.Conv2d(26, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.pool(self.stem(image))
+        features = [torch.cat([self.left(x), self.right(x), F.max_pool2d(x, 3, 1, 1)], 1)]
+        for grow in (self.first, self.second):
+            features.append(grow(torch.cat(features, dim=-3)))
+        x = self.last(torch.cat([*features, image[:, :, ::2, ::2]], 1))
+        return self.head(x.mean((2, 3)))
+
+
 class BatchNormAct2d(nn.BatchNorm2d):
     """timm's: the activation is part of the norm."""
 

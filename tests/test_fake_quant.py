@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from networks import Inverted, Residual, ZeroPadded
+from networks import Inverted, Joined, Residual, ZeroPadded
 from quantized import adder_program, noise
 
 import anncvt
@@ -105,9 +105,11 @@ def test_training_options_without_qat_are_a_mistake(converted):
 
 
 @pytest.mark.parametrize(
-    ("cnn", "groups", "double"), [(ZeroPadded, 2, []), (Residual, 1, ["*"])], ids=["groups", "doubled"]
+    ("cnn", "groups", "double", "layer"),
+    [(ZeroPadded, 2, [], "conv1"), (Residual, 1, ["*"], "conv1"), (Joined, 1, [], "left.0")],
+    ids=["groups", "doubled", "concatenations"],
 )
-def test_integers_after_training_are_those_that_were_trained_for(cnn, groups, double):
+def test_integers_after_training_are_those_that_were_trained_for(cnn, groups, double, layer):
     """Grids and groups stay although the weights have moved, and the line is fitted to what was trained."""
     program = adder_program(cnn(), 8, choice=Choice.of(double=double))
     images = noise(48, (3, 8, 8))
@@ -115,7 +117,8 @@ def test_integers_after_training_are_those_that_were_trained_for(cnn, groups, do
     before = quantize(program, images, config)
     torch.manual_seed(1)
     with torch.no_grad():
-        program.student.conv1.weight.add_(torch.randn_like(program.student.conv1.weight))
+        weight = program.student.get_parameter(f"{layer}.weight")
+        weight.add_(torch.randn_like(weight))
     x = images.batch(torch.arange(48), program.preprocess)
     with fake_quantised(program.student, before), torch.no_grad():
         wanted = program.student(x)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Awkward, Inverted, Mobile, NormAct, Residual, ZeroPadded
+from networks import Awkward, Inverted, Joined, Mobile, NormAct, Residual, ZeroPadded
 from quantized import adder_program, noise
 from torch import nn
 
@@ -27,7 +27,8 @@ def evaluated(pieces, x):
         elif piece.op == "sum_pool":
             y = F.avg_pool2d(padded, piece.kernel, piece.window.stride) * piece.kernel[0] * piece.kernel[1]
         elif piece.op == "max_pool":
-            y = F.max_pool2d(source, piece.kernel, piece.window.stride, piece.window.padding[:2])
+            padded = F.pad(source, (left, right, top, bottom), value=-torch.inf)
+            y = F.max_pool2d(padded, piece.kernel, piece.window.stride)
         elif piece.op == "slice":
             y = source[:, :, :: piece.window.stride[0], :: piece.window.stride[1]]
         else:
@@ -59,7 +60,7 @@ class Preactivated(nn.Module):
 
 
 @pytest.mark.parametrize("double", [[], ["*"]], ids=["single", "doubled"])
-@pytest.mark.parametrize("cnn", [Residual, ZeroPadded, Inverted, Preactivated, NormAct])
+@pytest.mark.parametrize("cnn", [Residual, ZeroPadded, Inverted, Joined, Preactivated, NormAct])
 def test_pieces_compute_what_the_network_does(cnn, double):
     program = adder_program(cnn(), 8, choice=Choice.of(double=double))
     pieces = pieces_of(program)
@@ -81,7 +82,7 @@ def test_norm_residual_and_activation_are_fused(cnn):
 def test_memory_operations_keep_the_grid_of_their_input():
     pieces = pieces_of(adder_program(ZeroPadded(), 8))
     residual = pieces["conv2"].residual
-    assert pieces[residual].op == "pad" and pieces.grid_owner(residual) == "stem"
+    assert pieces[residual].op == "pad" and pieces.owners(residual) == ("stem",)
 
 
 def test_arguments_with_defaults_are_no_inputs():
@@ -120,10 +121,11 @@ class Call(nn.Module):
     [
         (nn.Hardswish(), "Hardswish"),
         (nn.GroupNorm(2, 4), "GroupNorm"),
-        (nn.MaxPool2d(2, ceil_mode=True), "ceil_mode"),
+        (Call(lambda x: F.max_pool2d(x, 2, return_indices=True)[0]), "getitem"),
         (nn.AvgPool2d(3, 2, 1, count_include_pad=False), "unequal"),
         (nn.AdaptiveAvgPool2d(3), "unequal"),
-        (Call(lambda x: torch.cat([x, x], 2)), "cat"),
+        (Call(lambda x: torch.cat([x, x], 2)), "another dimension"),
+        (Call(lambda x: torch.cat(torch.chunk(x, 2, 1), 1)), "tensors of the network"),
         (Call(lambda x: x * 2), "mul"),
         (Call(lambda x: x + 1), "two tensors"),
         (Call(lambda x: x[:, :, 1:]), "every n-th pixel"),
@@ -148,10 +150,21 @@ def test_gates_and_control_flow_are_refused(cnn, size):
         pieces_of(adder_program(cnn(), size))
 
 
+def test_what_is_concatenated_shares_a_grid():
+    pieces = pieces_of(adder_program(Joined(), 8))
+    assert [piece.op for piece in pieces.order].count("concatenate") == 3  # of one tensor there is none
+    last = pieces[pieces["last.0"].inputs[0]]
+    owners = ("left.0", "right.0", "stem.0", "first.2", "second.2", "getitem.rescaled")
+    assert last.op == "concatenate" and pieces.owners(last.name) == owners
+    assert pieces["getitem.rescaled"].op == "rescale" and pieces.owners("getitem") == (INPUT,)
+    sharing = pieces.sharing()
+    assert set(sharing) == set(owners) and {frozenset(group) for group in sharing.values()} == {frozenset(owners)}
+
+
 def test_doubled_adders_of_one_tensor_read_it_twice_in_one_place():
     pieces = pieces_of(adder_program(Residual(), 8, choice=Choice.of(double=["conv1", "down.0"])))
     assert [piece.op for piece in pieces.order].count("concatenate") == 1
     twice = pieces["conv1"].inputs[0]
     assert pieces["down.0"].inputs == (twice,) and pieces[twice].inputs == ("stem", "stem")
     assert pieces[twice].shape == (8, 8, 8) and pieces["conv1"].weight.shape == (8, 8, 3, 3)
-    assert pieces.grid_owner(twice) == "stem" and pieces["conv2"].inputs == ("conv1",)
+    assert pieces.owners(twice) == ("stem",) and pieces["conv2"].inputs == ("conv1",)

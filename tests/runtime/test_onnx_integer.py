@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Inverted, Residual, ZeroPadded
+from networks import Inverted, Joined, Residual, ZeroPadded
 from onnx import helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 from quantized import adder_program, noise
@@ -38,6 +38,7 @@ CASES = {
     "padded shortcut, 5 bits": (ZeroPadded, QuantizeConfig(bits=5)),
     "inverted residual, powers of two": (Inverted, QuantizeConfig(bits=6, power_of_two=True)),
     "filter groups, 4 bits": (ZeroPadded, QuantizeConfig(bits=4, groups=3)),
+    "concatenations": (Joined, QuantizeConfig()),
     "doubled, 6 bits": (Inverted, QuantizeConfig(bits=6), "*"),
     "doubled, whole blocks": (functools.partial(Residual, 16), QuantizeConfig(), "*"),
 }

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from networks import Inverted, Residual, ZeroPadded
+from networks import Inverted, Joined, Residual, ZeroPadded
 from quantized import adder_program, noise
 
 from anncvt.errors import AnncvtError
@@ -44,6 +44,7 @@ def equal(network: IntegerNetwork, pixels: np.ndarray, folder: Path) -> runtime.
         (Residual, QuantizeConfig(bits=5, groups=2), []),
         (ZeroPadded, QuantizeConfig(bits=4), []),
         (Inverted, QuantizeConfig(), []),
+        (Joined, QuantizeConfig(bits=6), []),
         (Inverted, QuantizeConfig(), ["*"]),
         (functools.partial(Residual, 16), QuantizeConfig(bits=6), ["*"]),
     ],

@@ -3,9 +3,10 @@
     python benchmarks/network.py torchvision:resnet50 torchvision:mobilenet_v2 --threads 1
     python benchmarks/network.py torchvision:resnet18 --batch 16 --keep out/networks
     python benchmarks/network.py torchvision:resnet50 --rows native "native, int8" CNN "CNN, int8"
+    python benchmarks/network.py torchvision:mobilenet_v2 --rows "adders, int8" "adders doubled, int8" "CNN, int8"
 
 "adders" are compiled by TVM as a whole; "native" are ONNX files in onnxruntime with the native library, with fused
-adders unless it says "unfused"; "fixed": in 16-bit fixed point.
+adders unless it says "unfused"; "fixed": in 16-bit fixed point; "doubled": every adder has two weights per input.
 
 Random weights, BatchNorm statistics of noise, the default plan (in a MobileNetV2 pointwise convolutions become adders,
 depthwise ones stay). Medians of interleaved calls, and the least of them, which other work disturbs less; by the
@@ -33,6 +34,7 @@ from torch import nn
 from anncvt import zoo
 from anncvt.images import Images
 from anncvt.loading import load
+from anncvt.passes.choice import Choice
 from anncvt.passes.plan import plan
 from anncvt.passes.quantize import QuantizeConfig, quantize
 from anncvt.passes.rewrite import rewrite
@@ -46,8 +48,10 @@ ROWS = {
     "adders": "model.so",
     "adders, fixed": "model.fixed.so",
     "adders, int8": "model.int8.so",
+    "adders doubled, int8": "doubled/model.int8.so",
     "native": "model.onnx",
     "native, int8": "model.int8.onnx",
+    "native doubled, int8": "doubled/model.int8.onnx",
     "native, fixed": "model.onnx",
     "native unfused": "unfused.onnx",
     "native unfused, fixed": "unfused.onnx",
@@ -88,12 +92,16 @@ def main() -> None:
 def build(name: str, size: int, batch: int, folder: Path, rows: list[str]) -> None:
     """Write what is missing of the files of :data:`ROWS`, and say how long compiling took."""
     wanted = [row for row in rows if not (folder / ROWS[row]).exists()]
-    if wanted:
-        program = converted(name, size)
-        program.folder = str(folder)
-        if any(row.endswith("int8") and not row.startswith("CNN") for row in wanted):
-            integer_network.save(quantize(program, noise(program), QuantizeConfig(fit=False)), folder)
-        for row in {ROWS[row]: row for row in wanted}.values():  # two libraries serve the same file
+    for doubled in (False, True):
+        here = [row for row in wanted if ("doubled" in row) == doubled]
+        if not here:
+            continue
+        program, place = converted(name, size, doubled), folder / "doubled" if doubled else folder
+        place.mkdir(exist_ok=True)
+        program.folder = str(place)
+        if any(row.endswith("int8") and not row.startswith("CNN") for row in here):
+            integer_network.save(quantize(program, noise(program), QuantizeConfig(fit=False)), place)
+        for row in {ROWS[row]: row for row in here}.values():  # two libraries serve the same file
             begin = time.monotonic()
             make(program, row, folder / ROWS[row], batch)
             print(f"{name}: {row} made in {time.monotonic() - begin:.1f} s", flush=True)
@@ -117,7 +125,7 @@ def make(program: Program, row: str, path: Path, batch: int) -> None:
     size = program.preprocess.input_size
     if row in ("adders", "adders, fixed"):
         tvm.compile(program, path, batch=batch, fixed=row == "adders, fixed")
-    elif row == "adders, int8":
+    elif row in ("adders, int8", "adders doubled, int8"):
         tvm.compile_network(integer_network.load(path.parent), program.preprocess, path, batch=batch)
     elif row.startswith("native"):
         export = onnx.export_integers if row.endswith("int8") else onnx.export
@@ -128,12 +136,13 @@ def make(program: Program, row: str, path: Path, batch: int) -> None:
             quantised(floats, path, size)
 
 
-def converted(name: str, size: int) -> Program:
-    """The adder network of an architecture, with random weights."""
+def converted(name: str, size: int, doubled: bool = False) -> Program:
+    """The adder network of an architecture, with random weights; ``doubled``: two per input of every adder."""
     collection, _, model = name.partition(":")
     torch.manual_seed(0)
     network = zoo.build(collection, model, {}).eval()
-    program = rewrite(plan(load(network, input_size=size, mean=zoo.IMAGENET_MEAN, std=zoo.IMAGENET_STD)))
+    loaded = load(network, input_size=size, mean=zoo.IMAGENET_MEAN, std=zoo.IMAGENET_STD)
+    program = rewrite(plan(loaded, Choice.of(double=["*"] if doubled else [])))
     for part in (program.teacher, program.student):
         assert part is not None
         for module in part.modules():
@@ -170,7 +179,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, list[float]]
             call = tvm.load(path, threads=options.threads)
         shape = (options.batch, 3, options.size, options.size)
         images = random.standard_normal(shape).astype(np.float32)
-        if row == "adders, int8":
+        if path.suffix == ".so" and row.endswith("int8"):
             images = random.integers(0, 256, shape).astype(np.uint8)
         call(images)
         calls[row] = (call, images)
@@ -191,6 +200,7 @@ def report(name: str, times: dict[str, float], batch: int) -> None:
     )
     pairs = [("", ""), (", fixed", ""), (", int8", ", int8"), (", int8", "")]
     named = [(f"{made}{a}", f"CNN{b}") for made in ("adders", "native", "native unfused") for a, b in pairs]
+    named += [(f"{made} doubled, int8", f"{other}, int8") for made in ("adders", "native") for other in (made, "CNN")]
     ratios = [f"{a} / {b} {times[a] / times[b]:.3f}" for a, b in named if a in times and b in times]
     print("  " + "; ".join(ratios), flush=True)
 

@@ -39,7 +39,7 @@ def sums(layer: IntegerLayer, x: np.ndarray, weight: np.ndarray, zero: int) -> n
             top, left = r * layer.dilation[0], s * layer.dilation[1]
             rows = slice(top, top + (height - 1) * layer.stride[0] + 1, layer.stride[0])
             columns = slice(left, left + (width - 1) * layer.stride[1] + 1, layer.stride[1])
-            pixels = image[:, first + c, rows, columns]
+            pixels = image[:, first + c % layer.depth, rows, columns]
             total[:, o] += -np.abs(pixels - w) if layer.mode == "adder" else (pixels - zero) * w
     return total
 
@@ -62,7 +62,7 @@ def case(layer: IntegerLayer, *, batch: int = 1, values: str = "all", zero: int 
         return choice.astype(np.uint8).view(dtype)
 
     x = draw((batch, layer.in_channels, *layer.size), np.uint8)
-    shape = (layer.out_channels, layer.depth, *layer.kernel)
+    shape = (layer.out_channels, layer.copies * layer.depth, *layer.kernel)
     weight = draw(shape, np.uint8 if layer.mode == "adder" else np.int8)
     if values == "extreme" and layer.mode == "conv":
         weight = random.choice([-128, 127], shape).astype(np.int8)
@@ -121,6 +121,7 @@ def layers(draw: st.DrawFn) -> IntegerLayer:
         padding,
         dilation,
         groups,
+        draw(st.sampled_from([1, 1, 2, 3])) if groups == 1 else 1,
         result,
         residual=result == "uint8" and draw(st.booleans()),
         clamped=draw(st.booleans()),

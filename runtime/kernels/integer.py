@@ -36,7 +36,7 @@ def cells_of(layer: IntegerLayer, form: Form) -> Cells:
     depth, (_, columns) = layer.depth, layer.kernel
     if layer.in_place:
         return Cells(LANES, blocks(depth), depth, LANES, columns)
-    if layer.mode == "conv" and layer.dilation[1] == 1 and depth * columns <= MOST_SPANNED:
+    if layer.mode == "conv" and layer.copies == 1 and layer.dilation[1] == 1 and depth * columns <= MOST_SPANNED:
         return Cells(-(-depth * columns // form.group) * form.group, 1, depth, depth, 1)
     size = -(-min(depth, LANES) // form.group) * form.group
     return Cells(size, -(-depth // size), depth, size, columns)
@@ -131,7 +131,8 @@ class _Kernel:
         ``slot`` counts the ``slots`` times that the innermost loop is left in a panel: asked for all at once, lines
         would keep the loop waiting.
         """
-        size = self.cells.number * self.layer.kernel[0] * self.cells.columns * self.cells.size * self.panel
+        size = self.layer.copies * self.cells.number * self.layer.kernel[0] * self.cells.columns
+        size *= self.cells.size * self.panel
         each = LINE_BYTES // (2 if self.form.weight == "int16" else 1)
         lines = -(-size // each)
         if size * (LINE_BYTES // each) * self.all_panels <= STREAM_BYTES:
@@ -149,8 +150,9 @@ class _Kernel:
         layer, form, vectors = self.layer, self.form, self.cut.vectors
         kh, kw = layer.kernel[0], self.cells.columns
         operand = form.group * form.lanes
-        with B.serial(self.cells.number) as c, B.serial(kh) as r, B.serial(kw) as s:
-            turn, turns = (c * kh + r) * kw + s, self.cells.number * kh * kw
+        cells = self.cells.number
+        with B.serial(layer.copies) as copy, B.serial(cells) as c, B.serial(kh) as r, B.serial(kw) as s:
+            turn, turns = ((copy * cells + c) * kh + r) * kw + s, layer.copies * cells * kh * kw
             self._expect(panel, number * turns + turn, tiles * turns)
             weights = (panel * turns + turn) * (self.cells.size * self.panel)
             origin = base + c * self.input.plane
@@ -207,8 +209,9 @@ def signature(
     panels = layer.groups * panels_of(layer, form, cut.vectors)
     panel = cut.vectors * form.lanes
     cells = cells_of(layer, form)
+    steps = (layer.copies * cells.number, layer.kernel[0], cells.columns, cells.size // form.group)
     shapes: dict[str, tuple[Any, ...]] = {
         "x": (batch, *layer.in_shape),
-        "weight": (panels, cells.number, layer.kernel[0], cells.columns, cells.size // form.group, panel * form.group),
+        "weight": (panels, *steps, panel * form.group),
     }
     return arguments(layer, shapes, panels * panel, batch), {**DTYPES, "weight": form.weight, "y": layer.result}

@@ -37,6 +37,9 @@ class IntegerLayer:
     ``mode``: ``"adder"``, ``-sum |x-w|`` of uint8 operands, where a padded pixel has the value ``zero``; or ``"conv"``,
     ``sum (x-zero)*w`` of uint8 and int8, where it counts 0.
 
+    ``copies``: how often the input channels are read, one after the other, each time with weights of their own
+    (``[O, copies * C, kh, kw]``; of layers without groups): a doubled adder reads them twice.
+
     ``result``: ``"int32"``, those sums; or ``"uint8"``, requantised: ``clamp((t + 2^(shift-1)) >> shift, low, high)``
     of ``t = sum*multiplier + offset [+ r*residual]`` with a uint8 residual ``r``, in int64.
 
@@ -53,6 +56,7 @@ class IntegerLayer:
     padding: Padding = NO_PADDING
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    copies: int = 1
     result: str = "uint8"
     residual: bool = False
     clamped: bool = True  # False: the range is 0..255, to which bytes are saturated anyway
@@ -82,6 +86,11 @@ class IntegerLayer:
     def depth(self) -> int:
         """Input channels of one group."""
         return self.in_channels // self.groups
+
+    @property
+    def taps(self) -> int:
+        """Weights of one output."""
+        return self.copies * self.depth * self.kernel[0] * self.kernel[1]
 
     @property
     def filters(self) -> int:

@@ -2,7 +2,7 @@
 
 Every step with an accumulator is one integer kernel with its epilogue. Sums over windows and rescaling are depthwise
 convolutions whose weights are 1. Where filter groups read copies of an input of their own, each group is a kernel, and
-their channels are put in order behind them.
+their channels are put in order behind them. What a step repeats for doubled adders is not copied: they read it twice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tvm import ir, relax
 from anncvt.errors import AnncvtError
 from anncvt.runtime.geometry import Padding, expand_padding
 from anncvt.runtime.integer import Step
-from anncvt.runtime.integer_network import INPUT, IntegerNetwork
+from anncvt.runtime.integer_network import INPUT, IntegerNetwork, sources
 from anncvt.runtime.kernels import integer_data
 from anncvt.runtime.kernels.deployment import Deployment
 from anncvt.runtime.kernels.emitter import Emitter
@@ -74,11 +74,15 @@ class _Function:
         arguments = [pixels, emitter.constant(network.table)]
         entered = emitter.call(("enter", shape), lambda: integer_data.enter(shape), arguments, shape, "uint8")
         self._values = {INPUT: Value(entered, shape, False, "uint8")}
+        #: Steps that repeat a tensor for adders alone, which read it so often: they have no value.
+        self._repeated = {step.name: step.inputs for step in network.steps if _repeats(step, network)}
 
     def logits(self) -> relax.Expr:
         """Emit all steps; the result of the last one, ``[N, classes]`` int32."""
         *steps, last = self.network.steps
         for step in steps:
+            if step.name in self._repeated:
+                continue
             self._values[step.name] = self._rearranged(step) if step.epilogue is None else self._requantised(step)
         return self._finished(last)
 
@@ -131,7 +135,8 @@ class _Function:
 
     def _layer(self, step: Step, part: _Part, residual: Value | None, *, ends: bool = True) -> Value:
         """The kernel of a part; ``ends``: with the step's epilogue, else its sums."""
-        x, shape = self._source(part), (self.batch, len(part.filters), *step.shape[1:])
+        names = self._repeated.get(part.source, (part.source,))
+        x, shape = self._source(names[0], part.groups), (self.batch, len(part.filters), *step.shape[1:])
         end = _requantisation(step, part) if ends else None
         check(part.weight, part.zero)
         layer = IntegerLayer(
@@ -144,6 +149,7 @@ class _Function:
             Padding(*step.window.padding),
             step.window.dilation,
             part.groups,
+            copies=len(names),
             result="uint8" if ends else "int32",
             residual=residual is not None,
             clamped=end is not None and end.narrow,
@@ -157,11 +163,11 @@ class _Function:
         result = self.emitter.call(layer, plan.build, arguments, blocked_shape(shape), layer.result)
         return Value(result, shape, True, layer.result)
 
-    def _source(self, part: _Part) -> Value:
-        """What a part reads: as it comes where that are the plain pixels of a dense layer, else blocked."""
-        value = self._values[part.source]
-        plain = not value.blocked and value.shape[1] < LANES and part.groups == 1
-        return value if plain else self._blocked(part.source)
+    def _source(self, name: str, groups: int) -> Value:
+        """What a layer reads: as it comes where that are the plain pixels of a dense layer, else blocked."""
+        value = self._values[name]
+        plain = not value.blocked and value.shape[1] < LANES and groups == 1
+        return value if plain else self._blocked(name)
 
     def _joined(self, parts: list[tuple[_Part, Value]]) -> Value:
         """The filters of all parts in the order of the step."""
@@ -183,6 +189,13 @@ class _Function:
             x.dtype,
         )
         return Value(selected, shape, True, x.dtype)
+
+
+def _repeats(step: Step, network: IntegerNetwork) -> bool:
+    """Whether a step puts a tensor behind itself, for dense adders to read."""
+    readers = [other for other in network.steps if step.name in sources(other)]
+    dense = all(other.op == "adder" and other.window.groups == 1 and other.residual != step.name for other in readers)
+    return step.op == "concatenate" and len(set(step.inputs)) == 1 and dense
 
 
 def _parts(step: Step) -> list[_Part]:

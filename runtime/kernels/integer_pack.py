@@ -75,18 +75,19 @@ def totals_of(mode: str, weight: np.ndarray, end: Requantisation) -> str:
 
 
 def pack_weight(layer: IntegerLayer, form: Form, cut: IntegerTiling, weight: np.ndarray) -> np.ndarray:
-    """``[O, C/groups, kh, kw]`` as ``[panels, cells, kh, kw, steps, lanes...]``; what is added is zero."""
+    """``[O, copies*C/groups, kh, kw]`` as ``[panels, cells, kh, kw, steps, lanes...]``; what is added is zero."""
     cells = cells_of(layer, form)
     panels, together = panels_of(layer, form, cut.vectors), form.together or form.group
     if cells.columns != layer.kernel[1]:  # cells span the columns
         weight = weight.transpose(0, 3, 1, 2).reshape(layer.out_channels, -1, layer.kernel[0], 1)
-    _, depth, kh, kw = weight.shape
-    full = np.zeros((layer.groups, panels * cut.vectors * form.lanes, cells.number * cells.size, kh, kw), form.weight)
-    full[:, : layer.filters, :depth] = weight.reshape(layer.groups, layer.filters, depth, kh, kw)
+    weight = weight.reshape(layer.groups, layer.filters, layer.copies, -1, *weight.shape[2:])
+    *_, depth, kh, kw = weight.shape
+    outputs, channels = panels * cut.vectors * form.lanes, cells.number * cells.size
+    full = np.zeros((layer.groups, outputs, layer.copies, channels, kh, kw), form.weight)
+    full[:, : layer.filters, :, :depth] = weight
     full = _ordered(full, form, cut)
-    split = full.reshape(
-        layer.groups * panels, cut.vectors, form.lanes, cells.number, cells.size // form.group, -1, together, kh, kw
-    )
+    steps = (layer.copies * cells.number, cells.size // form.group)
+    split = full.reshape(layer.groups * panels, cut.vectors, form.lanes, *steps, -1, together, kh, kw)
     packed = split.transpose(0, 3, 7, 8, 4, 1, 5, 2, 6)
     return np.ascontiguousarray(packed).reshape(*packed.shape[:5], -1)
 

@@ -58,8 +58,7 @@ def panel_vectors(layer: IntegerLayer, form: Form) -> int:
     """
     needed = blocks(layer.filters) * LANES if layer.out_in_place else layer.filters
     fitting = [v for v in range(1, form.vectors + 1) if not layer.out_in_place or needed % (v * form.lanes) == 0]
-    vector = layer.depth * layer.kernel[0] * layer.kernel[1] * form.lanes
-    near = [v for v in fitting if v <= 2 or v * vector <= NEAR_BYTES] or fitting
+    near = [v for v in fitting if v <= 2 or v * layer.taps * form.lanes <= NEAR_BYTES] or fitting
     return min(near, key=lambda v: (-(-needed // (v * form.lanes)) * v, -v))
 
 
@@ -82,7 +81,7 @@ def _options(
     height, width = layer.out_size
     row_blocks, panels = -(-height // rows), panels_of(layer, form, vectors)
     grid = (1, rows * width) if layer.pointwise else (rows, width)
-    taps = layer.depth * layer.kernel[0] * layer.kernel[1]
+    taps = layer.taps
     steps = -(-taps // form.group)
     size = 2 if form.source == "int16" else 1
     reach = (layer.kernel[0] - 1) * layer.dilation[0] + 1

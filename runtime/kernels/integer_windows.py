@@ -21,7 +21,7 @@ QUAD = 4
 
 
 def window_sums(layer: IntegerLayer, quads: Quads, image: Input, source: Any, base: Any, rows: int) -> Any:
-    """``-sum x`` over the window of each output pixel: ``[groups, rows, output width]`` int32.
+    """``-sum x`` over the window of each output pixel, of all copies: ``[groups, rows, output width]`` int32.
 
     Args:
         layer: the layer.
@@ -41,7 +41,7 @@ def window_sums(layer: IntegerLayer, quads: Quads, image: Input, source: Any, ba
                 for r in range(layer.kernel[0])
                 for s in range(layer.kernel[1])
             ]
-            B.buffer_store(result, -sum(taps[1:], taps[0]), [(group * rows + h) * width + w])
+            B.buffer_store(result, -sum(taps[1:], taps[0]) * layer.copies, [(group * rows + h) * width + w])
     return result
 
 

@@ -84,13 +84,13 @@ FORMS = {
     "dotprod": ("aarch64", ("neon", "dotprod")),
     "neon": ("aarch64", ("neon",)),
 }
-CHANNELS = {"dense": (40, 72, 1), "grouped": (64, 32, 2), "small groups": (12, 18, 3)}
+CHANNELS = {"dense": (40, 72, 1), "doubled": (40, 72, 1), "grouped": (64, 32, 2), "small groups": (12, 18, 3)}
 
 
 @pytest.mark.parametrize(
     ("name", "mode", "kind"),
     [
-        *((name, "adder", "dense") for name in FORMS),
+        *((name, "adder", kind) for name in FORMS for kind in ("dense", "doubled")),
         ("vnni", "conv", "dense"),
         *(("vnni", "adder", kind) for kind in ("grouped", "small groups")),
         ("vnni", "conv", "small groups"),
@@ -98,7 +98,8 @@ CHANNELS = {"dense": (40, 72, 1), "grouped": (64, 32, 2), "small groups": (12, 1
 )
 def test_every_form_in_plain_arithmetic(name: str, mode: str, kind: str) -> None:
     channels, out, groups = CHANNELS[kind]
-    window = {"stride": (2, 1), "padding": Padding(1, 0, 1, 2), "groups": groups}
+    copies = 2 if kind == "doubled" else 1
+    window = {"stride": (2, 1), "padding": Padding(1, 0, 1, 2), "groups": groups, "copies": copies}
     layer = IntegerLayer(mode, channels, (5, 4), out, (3, 2), **window, residual=True)
     assert_exact(Plan.with_form(layer, in_plain(choose(mode, *FORMS[name]))), case(layer))
 

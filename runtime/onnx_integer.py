@@ -379,8 +379,16 @@ def _shape(network: IntegerNetwork, name: str) -> tuple[int, ...]:
 
 
 def _sum_pool(graph: _Graph, step: Step, inputs: Sequence[str]) -> None:
-    """A convolution with ones, whose padding adds nothing; here it counts as the zero point, like every pixel."""
+    """A convolution with ones, whose padding adds nothing; here it counts as the zero point, like every pixel.
+
+    Of the whole map it is a plain sum, for which onnxruntime takes a fraction of the time.
+    """
     channels, zero = step.shape[0], step.pad_values[0]
+    if step.kernel == tuple(_shape(graph.network, step.inputs[0])[1:]) and not any(step.window.padding):
+        wide = graph.node("Cast", inputs, f"{step.name}/wide_integers", to=TensorProto.INT32)
+        axes = graph.constant(f"{step.name}/axes", np.array([2, 3], np.int64))
+        graph.node("ReduceSum", [wide, axes], accumulator_of(step.name), name=step.name)
+        return
     operands = [
         *inputs,
         graph.constant(f"{step.name}/ones", np.ones((channels, 1, *step.kernel), np.uint8)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import time
@@ -182,6 +183,8 @@ def _from_name(model: str, arguments: dict[str, Any], progress: Progress) -> _Lo
     try:
         with progress.task(f"fetch {model}", None):
             network = instantiate(model, arguments, pretrained=True)[0]
+        implied = zoo.arguments_without_weights(prefix, model.partition(":")[2])
+        source = dataclasses.replace(source, arch_args={**implied, **source.arch_args})
         return _Loaded(network, source, {"weights": "pretrained"})
     except AnncvtError as error:
         # Weights that cannot be had (no network, none published) still leave a network to plan and to time.

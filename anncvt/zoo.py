@@ -146,7 +146,8 @@ def build(zoo: str, name: str, arguments: Mapping[str, Any], *, pretrained: bool
         known = names(zoo)
         if name not in known:
             raise _unknown(zoo, name, known)
-        options: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None, **arguments}
+        own = {"transform_input": False} if name in _NORMALISING else {}
+        options: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None, **own, **arguments}
         if not pretrained and "weights_backbone" not in options and name.startswith(_WITH_BACKBONE):
             options["weights_backbone"] = None
         return models.get_model(name, **options)
@@ -155,6 +156,11 @@ def build(zoo: str, name: str, arguments: Mapping[str, Any], *, pretrained: bool
         raise _unknown(zoo, name, timm.list_models())
     with _quiet_downloads() if pretrained or name.startswith("hf-hub:") else contextlib.nullcontext():
         return timm.create_model(name, pretrained=pretrained, **arguments)
+
+
+def arguments_without_weights(zoo: str, name: str) -> dict[str, Any]:
+    """What builds, without the zoo's weights, the network that its factory makes with them."""
+    return dict(_WITHOUT_WEIGHTS.get(name, {})) if zoo == "torchvision" else {}
 
 
 def hub_architecture(name: str) -> Candidate:
@@ -230,6 +236,15 @@ def _resolves(url: str) -> bool:
     return True
 
 
+#: With torchvision's weights they get the usual normalisation and turn it into their own, unless told not to. Here the
+#: preprocessing is their own: a folder's network is built again without weights, and nothing is computed twice.
+_NORMALISING = {"googlenet": ((0.5,) * 3, (0.5,) * 3), "inception_v3": ((0.5,) * 3, (0.5,) * 3)}
+#: Arguments that the factories take for granted with torchvision's weights.
+_WITHOUT_WEIGHTS: dict[str, dict[str, Any]] = {
+    "googlenet": {"aux_logits": False},
+    **{f"{head}_{body}": {"aux_loss": True} for head in ("fcn", "deeplabv3") for body in ("resnet50", "resnet101")},
+    "deeplabv3_mobilenet_v3_large": {"aux_loss": True},
+}
 #: Their factories would download a backbone even without weights of their own.
 _WITH_BACKBONE = ("fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet", "ssd", "fcos", "fcn", "deeplabv3", "lraspp")
 
@@ -254,7 +269,7 @@ def torchvision_preprocess(name: str) -> Preprocess | None:
     models = importlib.import_module("torchvision.models")
     try:
         transform = models.get_model_weights(name).DEFAULT.transforms()
-        mean, std = transform.mean, transform.std
+        mean, std = _NORMALISING.get(name, (transform.mean, transform.std))
         # Segmentation resizes the shorter side and does not crop.
         size = list(getattr(transform, "crop_size", None) or transform.resize_size)
     except (AttributeError, ValueError, TypeError):  # detection states other things

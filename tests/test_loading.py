@@ -9,7 +9,7 @@ from networks import Residual
 from recorder import Recorder
 from torch import nn
 
-from anncvt import zoo
+from anncvt import folder, zoo
 from anncvt.errors import AnncvtError
 from anncvt.loading import build, load
 
@@ -309,6 +309,40 @@ def test_without_pretrained_weights_a_named_network_is_random_and_says_so(monkey
     program = load("torchvision:squeezenet1_1", progress=notes)
     assert program.history[0].metrics["weights"] == "random"
     assert any("RANDOM" in line and "no route" in line for line in notes.notes)
+
+
+@needs_torchvision
+@pytest.mark.parametrize(
+    ("name", "size", "heads"),
+    [
+        ("googlenet", 64, {"aux_logits": True, "init_weights": False}),
+        ("inception_v3", 107, {"aux_logits": True, "init_weights": False}),
+        ("deeplabv3_mobilenet_v3_large", 64, {"aux_loss": True, "weights_backbone": None}),
+    ],
+)
+def test_published_networks_are_built_again_without_their_weights(name, size, heads, monkeypatch, tmp_path):
+    """Factories make other networks with weights than without: fewer heads or more, another normalisation in front."""
+    models = zoo.import_torchvision().models
+    torch.manual_seed(0)
+    weights = models.get_model(name, weights=None, **heads).state_dict()
+    monkeypatch.setattr(models.WeightsEnum, "get_state_dict", lambda *args, **kwargs: weights)
+    program = load(f"torchvision:{name}", input_size=size)
+    assert program.history[0].metrics["weights"] == "pretrained"
+    folder.save(program, tmp_path / "net.ann")
+    again = folder.open_folder(tmp_path / "net.ann")
+    pixels, published = torch.rand(2, 3, size, size), models.get_model(name, weights="DEFAULT").eval()
+
+    def logits(network, mean, std):
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        with torch.no_grad():
+            found = network((pixels - mean) / std)
+        return found["out"] if isinstance(found, dict) else found
+
+    expected = logits(published, zoo.IMAGENET_MEAN, zoo.IMAGENET_STD)
+    for network in (program.teacher, again.teacher):
+        assert not getattr(network, "transform_input", False)
+        found = logits(network, program.preprocess.mean, program.preprocess.std)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 import torch
@@ -38,7 +38,9 @@ def pieces_of(program: Program) -> Pieces:
             fuser.tensors[node] = INPUT
         elif node.op == "output":
             _finish(fuser, node)
-        elif node.op != "get_attr" and isinstance(fuser.values[node], Tensor):  # who reads an attribute knows it
+        elif node.op == "get_attr" or not isinstance(fuser.values[node], Tensor) or _in_groups(fuser, node):
+            continue  # who reads it knows it
+        else:
             _add(fuser, node, program.student)
     return fuser.pieces
 
@@ -231,6 +233,9 @@ def _pool_function(handler: _Pool, options: dict[str, Any]) -> Callable[..., Non
 def _reshape(fuser: Fuser, node: fx.Node, source: fx.Node | None = None, module: Any = None) -> None:
     """Any view that keeps the batch: ``[N, C, H, W]`` to ``[N, C*H*W]``, or nothing but ones appear or vanish."""
     source = source or source_of(node)
+    if _in_groups(fuser, source):
+        _channels_exchanged(fuser, node, source)
+        return
     before, after = fuser.shape(source), fuser.shape(node)
     if fuser.values[source].shape[0] != fuser.values[node].shape[0] or after not in (before, (math.prod(before), 1, 1)):
         raise refused(node, "is another view than flattening to a row an image")
@@ -238,6 +243,40 @@ def _reshape(fuser: Fuser, node: fx.Node, source: fx.Node | None = None, module:
         fuser.same(node, source)
     else:
         fuser.begin(node, "flatten", source)
+
+
+_VIEWS = {"view", "reshape", torch.reshape}
+_TURNS = {"transpose", "permute", torch.transpose, torch.permute}
+
+
+def _in_groups(fuser: Fuser, node: fx.Node) -> bool:
+    """Whether a node is a step on the way of :func:`_channels_exchanged`."""
+    value = fuser.values[node]
+    return isinstance(value, Tensor) and value.ndim == 5 and _calls(node, {*_VIEWS, *_TURNS, "contiguous"})
+
+
+def _calls(node: fx.Node, targets: Collection[Any]) -> bool:
+    """Whether a node calls one of some functions and methods; a module may have the name of a method."""
+    return node.op != "call_module" and node.target in targets
+
+
+def _channels_exchanged(fuser: Fuser, node: fx.Node, source: fx.Node) -> None:
+    """Channels as ``[groups, C/groups]``, turned, and in one row again."""
+    turned = source_of(source) if source.target == "contiguous" else source
+    split = source_of(turned)
+    x = source_of(split)
+    axes = turned.args[1:]
+    axes = tuple(axes[0]) if axes and isinstance(axes[0], (tuple, list)) else axes
+    if not _calls(turned, _TURNS) or axes not in ((1, 2), (2, 1), (0, 2, 1, 3, 4)) or not _calls(split, _VIEWS):
+        raise refused(node, "rearranges something else than groups of channels")
+    before, parts = fuser.values[x].shape, fuser.values[split].shape
+    if parts[:1] + parts[3:] != before[:1] + before[2:] or fuser.values[node].shape != before:
+        raise refused(node, "rearranges channels and their shape")
+    _shuffle(fuser, node, x, int(parts[1]))
+
+
+def _shuffle(fuser: Fuser, node: fx.Node, source: fx.Node, groups: int) -> None:
+    fuser.begin(node, "shuffle", source, window=Window(groups=groups))
 
 
 def _pad(fuser: Fuser, node: fx.Node) -> None:
@@ -267,15 +306,34 @@ def _concatenation(fuser: Fuser, node: fx.Node) -> None:
 
 
 def _item(fuser: Fuser, node: fx.Node) -> None:
-    """``x[:, :, ::2, ::2]``."""
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    """``x[:, 4:8]``, ``x[:, :, ::2, ::2]``, or one of the parts of a tensor."""
+    source, index = source_of(node), cast(Any, fx.map_arg(node.args[1], lambda number: fuser.values[number]))
+    if not isinstance(fuser.values[source], Tensor):
+        _part(fuser, node, source, index)
+        return
     whole = slice(None)
+    index = index if isinstance(index, tuple) else (index,)
     index = (*index, *(whole,) * (4 - len(index)))
     steps = [part.step or 1 for part in index[2:] if isinstance(part, slice) and part.start in (None, 0)]
-    ends = [part.stop is None for part in index if isinstance(part, slice)]
-    if index[:2] != (whole, whole) or len(steps) != 2 or len(ends) != 4 or not all(ends) or min(steps) < 1:
-        raise refused(node, "takes a part of a tensor other than every n-th pixel")
-    fuser.begin(node, "slice", source_of(node), window=Window(stride=(steps[0], steps[1])))
+    ends = [part.stop is None for part in index[2:] if isinstance(part, slice)]
+    side_by_side = isinstance(index[1], slice) and index[1].step in (None, 1)
+    if index[0] != whole or not side_by_side or len(steps) != 2 or ends != [True, True] or min(steps) < 1:
+        raise refused(node, "takes a part of a tensor other than channels side by side or every n-th pixel")
+    channels = fuser.shape(source)[0]
+    first, last, _ = index[1].indices(channels)
+    window = Window(stride=(steps[0], steps[1]))
+    fuser.begin(node, "slice", source, window=window, channels=(first, channels - last))
+
+
+def _part(fuser: Fuser, node: fx.Node, parts: fx.Node, index: Any) -> None:
+    """One of the parts that ``chunk`` or ``split`` makes of the channels."""
+    found = fuser.values[parts]
+    dim = argument(parts, 2, "dim", 0)
+    if not _calls(parts, {"chunk", "split", torch.chunk, torch.split}) or dim not in (1, 1 - found[0].ndim):
+        raise refused(node, "takes a part of a tensor that is no row of channels")
+    index = range(len(found))[index]
+    before, behind = (sum(part.shape[1] for part in some) for some in (found[:index], found[index + 1 :]))
+    fuser.begin(node, "slice", source_of(parts), channels=(before, behind))
 
 
 _MODULES: list[tuple[Any, Callable[..., None]]] = [
@@ -287,6 +345,7 @@ _MODULES: list[tuple[Any, Callable[..., None]]] = [
     (nn.AvgPool2d, _pool_module(_average_pool, _AVERAGE)),
     (nn.MaxPool2d, _pool_module(_max_pool, _MAX)),
     (nn.ConstantPad2d, _pad_module),
+    (nn.ChannelShuffle, lambda fuser, node, source, module: _shuffle(fuser, node, source, module.groups)),
 ]
 _FUNCTIONS: dict[Any, Callable[[Fuser, fx.Node], None]] = {
     torch.mean: _mean,

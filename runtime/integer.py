@@ -109,16 +109,17 @@ class Step:
     pad_values: tuple[int, ...] = ()  # per input: what padding holds
     epilogue: Epilogue | None = None
     residual: str | None = None
-    channels: tuple[int, int] = (0, 0)  # op "pad": channels before and behind
+    channels: tuple[int, int] = (0, 0)  # before and behind: that "pad" adds, that "slice" leaves out
     clamp: Array | None = (
         None  # [O] float32, adder: what clamping the weights left, in accumulators; in the bias already
     )
 
 
 #: adder, convolution: see there. sum_pool: sums over windows. rescale: the input itself. These four have an epilogue.
-#: max_pool, slice (every ``stride``-th pixel), pad, flatten and concatenate (the channels of all ``inputs``, which have
-#: one grid) keep the grid of their input.
-OPS = ("adder", "convolution", "sum_pool", "rescale", "max_pool", "slice", "pad", "flatten", "concatenate")
+#: The others keep the grid of their input: max_pool; slice, every ``stride``-th pixel of channels side by side; pad;
+#: flatten; concatenate, the channels of all ``inputs``, which have one grid; shuffle, the first channel of each of
+#: ``groups``, then the second of each, and so on.
+OPS = ("adder", "convolution", "sum_pool", "rescale", "max_pool", "slice", "pad", "flatten", "concatenate", "shuffle")
 #: Of these, the ones with an accumulator and an epilogue.
 ACCUMULATING = OPS[:4]
 
@@ -197,11 +198,16 @@ def rearrange(step: Step, inputs: Sequence[Array]) -> Array:
     if step.op == "max_pool":
         return max_pool(x, step.kernel, step.window)
     if step.op == "slice":
-        return np.ascontiguousarray(x[:, :, :: step.window.stride[0], :: step.window.stride[1]])
+        first = step.channels[0]
+        taken = x[:, first : first + step.shape[0], :: step.window.stride[0], :: step.window.stride[1]]
+        return np.ascontiguousarray(taken)
     if step.op == "pad":
         return _padded(x, Padding(*step.window.padding), step.pad_values[0], step.channels)
     if step.op == "concatenate":
         return np.concatenate(inputs, 1)
+    if step.op == "shuffle":
+        groups = x.reshape(len(x), step.window.groups, -1, *x.shape[2:])
+        return np.ascontiguousarray(groups.swapaxes(1, 2)).reshape(x.shape)
     return x.reshape(len(x), *step.shape)
 
 

@@ -80,11 +80,14 @@ def rearrange(step: Step, inputs: Sequence[Tensor]) -> Tensor:
         padded = F.pad(x, _sides(step), value=0)
         return F.max_pool2d(padded.float(), step.kernel, step.window.stride, 0, step.window.dilation).to(torch.uint8)
     if step.op == "slice":
-        return x[:, :, :: step.window.stride[0], :: step.window.stride[1]].contiguous()
+        first, (down, across) = step.channels[0], step.window.stride
+        return x[:, first : first + step.shape[0], ::down, ::across].contiguous()
     if step.op == "pad":
         return F.pad(x, [*_sides(step), *step.channels], value=step.pad_values[0])
     if step.op == "concatenate":
         return torch.cat([*inputs], 1)
+    if step.op == "shuffle":
+        return x.unflatten(1, (step.window.groups, -1)).transpose(1, 2).flatten(1, 2)
     return x.reshape(len(x), *step.shape)
 
 

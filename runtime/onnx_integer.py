@@ -468,7 +468,9 @@ def _max_pool(graph: _Graph, step: Step, inputs: Sequence[str]) -> None:
 
 
 def _slice(graph: _Graph, step: Step, inputs: Sequence[str]) -> None:
-    rows = {"starts": (0, 0), "ends": (2**31, 2**31), "axes": (2, 3), "steps": step.window.stride}
+    first = step.channels[0]
+    starts, ends = (first, 0, 0), (first + step.shape[0], 2**31, 2**31)
+    rows = {"starts": starts, "ends": ends, "axes": (1, 2, 3), "steps": (1, *step.window.stride)}
     operands = [graph.constant(f"{step.name}/{part}", np.array(row, np.int64)) for part, row in rows.items()]
     graph.node("Slice", [*inputs, *operands], integers_of(step.name), name=step.name)
 
@@ -493,6 +495,18 @@ def _concatenate(graph: _Graph, step: Step, inputs: Sequence[str]) -> None:
     graph.node("Concat", inputs, integers_of(step.name), name=step.name, axis=1)
 
 
+def _shuffle(graph: _Graph, step: Step, inputs: Sequence[str]) -> None:
+    channels, height, width = step.shape
+    shapes = ((0, step.window.groups, -1, height, width), (0, channels, height, width))
+    split, whole = (
+        graph.constant(f"{step.name}/{part}", np.array(shape, np.int64))
+        for part, shape in zip(("split", "whole"), shapes, strict=True)
+    )
+    groups = graph.node("Reshape", [*inputs, split], f"{step.name}/groups")
+    turned = graph.node("Transpose", [groups], f"{step.name}/turned", perm=(0, 2, 1, 3, 4))
+    graph.node("Reshape", [turned, whole], integers_of(step.name), name=step.name)
+
+
 def _window(step: Step) -> dict[str, Any]:
     window = step.window
     return {
@@ -515,6 +529,7 @@ _REARRANGING: dict[str, Callable[[_Graph, Step, Sequence[str]], None]] = {
     "pad": _pad,
     "flatten": _flatten,
     "concatenate": _concatenate,
+    "shuffle": _shuffle,
 }
 #: Of these, the ones that there are in blocked layout, too.
 _BLOCKED: dict[str, Callable[[_Graph, Step], None]] = {

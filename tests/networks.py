@@ -196,6 +196,27 @@ class Joined(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Shuffled(nn.Module):
+    """A ShuffleNet's units: channels are split, one part is worked on, both are joined and shuffled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        self.first = nn.Sequential(nn.Conv2d(3, 9, 1, bias=False), nn.BatchNorm2d(9), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(5, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5), nn.ReLU())
+        self.shuffle = nn.ChannelShuffle(4)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.stem(x).chunk(2, dim=1)
+        x = torch.cat((left, self.first(right)), 1)
+        n, c, h, w = x.shape
+        x = torch.transpose(x.view(n, 3, c // 3, h, w), 1, 2).contiguous().view(n, c, h, w)
+        _, middle, last = torch.split(x, [2, 5, 5], 1)
+        x = self.shuffle(torch.cat((x[:, : c // 2], self.second(middle), last), 1))
+        return self.head(x[:, 8:12].mean((2, 3)))
+
+
 class BatchNormAct2d(nn.BatchNorm2d):
     """timm's: the activation is part of the norm."""
 

@@ -13,9 +13,9 @@
 #define PATH 1024
 #define INPUTS 256 /* filter groups of a layer, parts of a concatenation */
 
-enum op { ADDER, CONVOLUTION, SUM_POOL, RESCALE, MAX_POOL, SLICE, PAD, FLATTEN, CONCATENATE, OPS };
+enum op { ADDER, CONVOLUTION, SUM_POOL, RESCALE, MAX_POOL, SLICE, PAD, FLATTEN, CONCATENATE, SHUFFLE, OPS };
 static const char *const OP_NAMES[OPS] = {
-    "adder", "convolution", "sum_pool", "rescale", "max_pool", "slice", "pad", "flatten", "concatenate"};
+    "adder", "convolution", "sum_pool", "rescale", "max_pool", "slice", "pad", "flatten", "concatenate", "shuffle"};
 
 struct step {
     char file[NAME];
@@ -24,7 +24,7 @@ struct step {
     int residual;                                 /* a tensor, or -1 */
     int c, h, w;                                  /* of the output */
     int stride_h, stride_w, top, left, bottom, right, dilation_h, dilation_w, groups, kernel_h, kernel_w;
-    int front; /* pad: channels before */
+    int front; /* channels before: that pad adds, that slice leaves out */
     int shift, low, high, residual_multiplier;
     uint8_t *weight, *filter_group;
     int32_t *multiplier;
@@ -143,7 +143,8 @@ static int32_t rearrange(const struct step *s, const struct tensor *tensors, int
         return pixel(&tensors[s->input[i]], o, y, x, 0);
     }
     if (s->op == FLATTEN) return in->data[o];
-    if (s->op == SLICE) return pixel(in, o, y * s->stride_h, x * s->stride_w, 0);
+    if (s->op == SLICE) return pixel(in, s->front + o, y * s->stride_h, x * s->stride_w, 0);
+    if (s->op == SHUFFLE) return pixel(in, o % s->groups * (in->c / s->groups) + o / s->groups, y, x, 0);
     if (s->op == PAD) {
         int c = o - s->front;
         return c < 0 || c >= in->c ? s->pad_value[0] : pixel(in, c, y - s->top, x - s->left, s->pad_value[0]);

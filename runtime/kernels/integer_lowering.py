@@ -94,6 +94,8 @@ class _Function:
         if step.op == "concatenate":
             return self.emitter.concatenate([self._blocked(name) for name in step.inputs])
         x, shape = self._blocked(step.inputs[0]), (self.batch, *step.shape)
+        if step.op == "shuffle":
+            return self._selected(x, np.arange(x.shape[1]).reshape(step.window.groups, -1).T.reshape(-1))
         if step.op == "max_pool":
             size, out, window = (x.shape[2], x.shape[3]), (step.shape[1], step.shape[2]), step.window
             padding = expand_padding(window.padding)
@@ -242,9 +244,11 @@ def _requantisation(step: Step, part: _Part) -> Requantisation:
 
 
 def _view(step: Step, x: Value) -> View:
-    """Every n-th pixel, or padding with a value."""
+    """Every n-th pixel of some channels, or padding with a value."""
     view, window = View.of(x), step.window
     if step.op == "slice":
+        first = step.channels[0]
+        view = view.replaced(0, view.axes[0].slice(first, first + step.shape[0], 1))
         for axis, stride in ((1, window.stride[0]), (2, window.stride[1])):
             view = view.replaced(axis, view.axes[axis].slice(0, x.shape[axis + 1], stride))
         return view

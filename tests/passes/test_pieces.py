@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Awkward, Inverted, Joined, Mobile, NormAct, Residual, ZeroPadded
+from networks import Awkward, Inverted, Joined, Mobile, NormAct, Residual, Shuffled, ZeroPadded
 from quantized import adder_program, noise
 from torch import nn
 
@@ -30,7 +30,10 @@ def evaluated(pieces, x):
             padded = F.pad(source, (left, right, top, bottom), value=-torch.inf)
             y = F.max_pool2d(padded, piece.kernel, piece.window.stride)
         elif piece.op == "slice":
-            y = source[:, :, :: piece.window.stride[0], :: piece.window.stride[1]]
+            chosen = source[:, piece.channels[0] : source.shape[1] - piece.channels[1]]
+            y = chosen[:, :, :: piece.window.stride[0], :: piece.window.stride[1]]
+        elif piece.op == "shuffle":
+            y = F.channel_shuffle(source, piece.window.groups)
         else:
             y = source.flatten(1)[:, :, None, None] if piece.op == "flatten" else padded
         if piece.scale is not None:
@@ -60,7 +63,7 @@ class Preactivated(nn.Module):
 
 
 @pytest.mark.parametrize("double", [[], ["*"]], ids=["single", "doubled"])
-@pytest.mark.parametrize("cnn", [Residual, ZeroPadded, Inverted, Joined, Preactivated, NormAct])
+@pytest.mark.parametrize("cnn", [Residual, ZeroPadded, Inverted, Joined, Shuffled, Preactivated, NormAct])
 def test_pieces_compute_what_the_network_does(cnn, double):
     program = adder_program(cnn(), 8, choice=Choice.of(double=double))
     pieces = pieces_of(program)
@@ -129,7 +132,11 @@ class Call(nn.Module):
         (Call(lambda x: x * 2), "mul"),
         (Call(lambda x: x + 1), "two tensors"),
         (Call(lambda x: x[:, :, 1:]), "every n-th pixel"),
-        (Call(lambda x: torch.chunk(x, 1, 1)[0]), "getitem"),
+        (Call(lambda x: torch.chunk(x, 1, 2)[0]), "getitem"),
+        (Call(lambda x: x.view(-1, 2, 2, 8, 8).transpose(1, 3).reshape(-1, 4, 8, 8)), "groups of channels"),
+        (Call(lambda x: x.view(-1, 2, 2, 8, 8).contiguous().contiguous().view(-1, 4, 8, 8)), "groups of channels"),
+        (Call(lambda x: x.view(-1, 2, 2, 8, 8).transpose(1, 2).reshape(-1, 4, 4, 16)), "their shape"),
+        (Call(lambda x: x.view(-1, 2, 2, 8, 8).relu().view(-1, 4, 8, 8)), "view"),
         (Call(lambda x: x + x.mean((2, 3), keepdim=True)), "different shapes"),
         (nn.Linear(8, 8), "Linear layer over"),
         (Call(lambda x: F.pad(x, (1, 1), value=2.0)), "zeros"),

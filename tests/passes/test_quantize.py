@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from networks import Inverted, Joined, Residual, Same, ZeroPadded
+from networks import Inverted, Joined, Residual, Same, Shuffled, ZeroPadded
 from quantized import adder_program, noise
 from torch import nn
 
@@ -23,7 +23,7 @@ def agreement(program, config):
     return float(torch.corrcoef(torch.stack([expected.flatten(), found.flatten()]))[0, 1])
 
 
-@pytest.mark.parametrize("cnn", [Residual, ZeroPadded, Inverted, Joined])
+@pytest.mark.parametrize("cnn", [Residual, ZeroPadded, Inverted, Joined, Shuffled])
 @pytest.mark.parametrize(
     ("config", "least"),
     [

@@ -8,7 +8,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from networks import Inverted, Joined, Residual, ZeroPadded
+from networks import Inverted, Joined, Residual, Shuffled, ZeroPadded
 from quantized import adder_program, noise
 
 from anncvt.errors import AnncvtError
@@ -22,6 +22,7 @@ CONFIGS = {
     "zero-padded": (ZeroPadded, QuantizeConfig(bits=4)),
     "inverted": (Inverted, QuantizeConfig(bits=6, groups=2)),
     "concatenations": (Joined, QuantizeConfig(bits=5)),
+    "shuffled channels": (Shuffled, QuantizeConfig()),
     "doubled": (Residual, QuantizeConfig(), "*"),
 }
 

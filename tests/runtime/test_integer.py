@@ -73,7 +73,7 @@ def test_the_fast_execution_is_the_reference_bit_for_bit(case, op, zero):
 
 def a_step(op, window, kernel, shape, each, zero):
     size = window.output_size(shape[2:], kernel)
-    if op in ("slice", "pad", "flatten", "rescale", "concatenate"):
+    if op in ("slice", "pad", "flatten", "rescale", "concatenate", "shuffle"):
         kernel = (1, 1)
     outputs = window.groups * each if op in ("adder", "convolution") else shape[1]
     channels, pad_values, filter_group, weight = (0, 0), (zero,), None, None
@@ -93,6 +93,12 @@ def a_step(op, window, kernel, shape, each, zero):
         outputs, size = int(np.prod(shape[1:])), (1, 1)
     elif op == "concatenate":
         outputs, size, pad_values = 2 * shape[1], shape[2:], (zero, zero)
+    elif op == "slice":
+        channels = (zero % shape[1], 0)
+        outputs, window = shape[1] - channels[0], Window(window.stride)
+        size = window.output_size(shape[2:], (1, 1))
+    elif op == "shuffle":
+        size = shape[2:]
     elif op == "pad":
         channels, window = (1, 2), Window(padding=window.padding)
         outputs, size = shape[1] + 3, window.output_size(shape[2:], (1, 1))

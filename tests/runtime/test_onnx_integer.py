@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Inverted, Joined, Residual, ZeroPadded
+from networks import Inverted, Joined, Residual, Shuffled, ZeroPadded
 from onnx import helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 from quantized import adder_program, noise
@@ -39,6 +39,7 @@ CASES = {
     "inverted residual, powers of two": (Inverted, QuantizeConfig(bits=6, power_of_two=True)),
     "filter groups, 4 bits": (ZeroPadded, QuantizeConfig(bits=4, groups=3)),
     "concatenations": (Joined, QuantizeConfig()),
+    "shuffled channels": (Shuffled, QuantizeConfig()),
     "doubled, 6 bits": (Inverted, QuantizeConfig(bits=6), "*"),
     "doubled, whole blocks": (functools.partial(Residual, 16), QuantizeConfig(), "*"),
 }
@@ -249,16 +250,18 @@ def steps(draw):
     op = draw(st.sampled_from([op for op in integer_network.OPS if op != "flatten"]))
     zero, groups, channels = draw(st.integers(0, 255)), 1, draw(st.integers(1, 4))
     kernel, window = (1, 1), Window()
-    if op in ("adder", "convolution"):
+    if op in ("adder", "convolution", "shuffle"):
         groups = draw(st.integers(1, 2))
         channels = groups * channels
-    if op not in ("slice", "pad", "rescale", "concatenate"):
+    if op not in ("slice", "pad", "rescale", "concatenate", "shuffle"):
         kernel = pair(1, 3)
         dilation = pair(1, 2) if op != "sum_pool" else (1, 1)
         padding = draw(st.tuples(*[st.integers(0, (k - 1) // 2 if "pool" in op else 2) for k in kernel * 2]))
         window = Window(pair(1, 3), padding, dilation, groups)
     if op == "slice":
         window = Window(stride=pair(1, 3))
+    if op == "shuffle":
+        window = Window(groups=groups)
     reach = [d * (k - 1) + 1 for d, k in zip(window.dilation, kernel, strict=True)]
     shape = (channels, *(draw(st.integers(r, 8)) for r in reach))
     filters = groups * draw(st.integers(1, 3)) if op in ("adder", "convolution") else channels
@@ -267,6 +270,8 @@ def steps(draw):
         window, filters = Window(padding=draw(st.tuples(*[st.integers(0, 2)] * 4))), channels + sum(around)
         out = (shape[1] + window.padding[0] + window.padding[2], shape[2] + window.padding[1] + window.padding[3])
     elif op == "slice":
+        around = (draw(st.integers(0, channels - 1)), 0)
+        filters = channels - around[0]
         out = tuple(-(-size // stride) for size, stride in zip(shape[1:], window.stride, strict=True))
     else:
         out = window.output_size(shape[1:], kernel)

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from networks import Inverted, Joined, Residual, ZeroPadded
+from networks import Inverted, Joined, Residual, Shuffled, ZeroPadded
 from quantized import adder_program, noise
 
 from anncvt.errors import AnncvtError
@@ -45,6 +45,7 @@ def equal(network: IntegerNetwork, pixels: np.ndarray, folder: Path) -> runtime.
         (ZeroPadded, QuantizeConfig(bits=4), []),
         (Inverted, QuantizeConfig(), []),
         (Joined, QuantizeConfig(bits=6), []),
+        (Shuffled, QuantizeConfig(), []),
         (Inverted, QuantizeConfig(), ["*"]),
         (functools.partial(Residual, 16), QuantizeConfig(bits=6), ["*"]),
     ],

@@ -28,8 +28,8 @@ import anncvt  # noqa: F401  (before torch: it sets the environment of the threa
 # isort: split
 import numpy as np
 import torch
+from statistics_of_noise import settle
 from timing import CLOCKS
-from torch import nn
 
 from anncvt import zoo
 from anncvt.images import Images
@@ -145,13 +145,7 @@ def converted(name: str, size: int, doubled: bool = False) -> Program:
     program = rewrite(plan(loaded, Choice.of(double=["*"] if doubled else [])))
     for part in (program.teacher, program.student):
         assert part is not None
-        for module in part.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = None
-                module.reset_running_stats()
-        with torch.no_grad():
-            part.train()(noise(program).batch(torch.arange(IMAGES), program.preprocess))
-        part.eval()
+        settle(part, noise(program).batch(torch.arange(IMAGES), program.preprocess))
     return program
 
 

@@ -215,7 +215,6 @@ class Model:
         self.manifest = manifest
         self._path, self._threads, self._lock = path, threads, threading.Lock()
         self._configured: set[int] = set()
-        self._tensor = tvm.runtime.tensor
         try:
             # dlopen by a plain name would search the system's folders instead.
             self._machine = VirtualMachine(tvm.runtime.load_module(str(path.resolve())), tvm.cpu())
@@ -227,7 +226,11 @@ class Model:
             ) from error
         functions: dict[str, int] = manifest["functions"]
         self._result = tuple(manifest["output"]["shape"][1:]), np.dtype(manifest["output"]["dtype"])
-        self._functions = sorted(((size, self._machine[name]) for name, size in functions.items()), reverse=True)
+        shape, dtype = manifest["input"]["shape"][1:], manifest["input"]["dtype"]
+        self._functions = []
+        for size, name in sorted(((size, name) for name, size in functions.items()), reverse=True):
+            images = tvm.runtime.empty((size, *shape), dtype)  # kept: a new one for each call takes longer
+            self._functions.append((size, self._machine[name], images, np.from_dlpack(images)))
 
     def __call__(self, images: Any) -> np.ndarray:
         """Logits of ``images`` ``[N, C, H, W]``, any ``N``, an array or whatever gives one by DLPack.
@@ -244,10 +247,10 @@ class Model:
         with self._lock:
             self._configure_threads()
             start = 0
-            for size, function in self._functions:
+            for size, function, tensor, view in self._functions:
                 while len(images) - start >= size:
-                    result = function(self._tensor(images[start : start + size]))
-                    logits[start : start + size] = result.numpy()
+                    view[...] = images[start : start + size]
+                    logits[start : start + size] = np.from_dlpack(function(tensor))
                     start += size
         return logits
 
@@ -268,7 +271,7 @@ class Model:
                 where=str(self._path),
                 fix="give pixels as they are in a picture, 0..255, not normalised",
             )
-        return np.ascontiguousarray(images, dtype)
+        return images
 
     def _configure_threads(self) -> None:
         """TVM keeps a thread pool per calling thread, so the count is set once in each."""

@@ -61,6 +61,8 @@ class Foreign:
         meta = node.meta["val"]
         if isinstance(meta, tuple | list):
             whole = self._emitter.emit(result)
+            if not isinstance(whole.ty, relax.TupleType):  # of a norm TVM gives the first result alone
+                return (Value(whole, tuple(meta[0].shape), False),)
             return tuple(
                 Value(self._emitter.emit(relax.TupleGetItem(whole, i)), tuple(part.shape), False)
                 for i, part in enumerate(meta)

@@ -128,13 +128,13 @@ class Foreign(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.adder = nn.Conv2d(4, 16, 3), AdderConv2d(16, 20, 3)
-        self.norm, self.linear = nn.BatchNorm2d(20), nn.Linear(20, 5)
+        self.norm, self.rows, self.linear = nn.BatchNorm2d(20), nn.BatchNorm1d(20), nn.Linear(20, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(torch.sin(self.conv(x)), scale_factor=2, mode="nearest")
         x = x.unflatten(1, (2, 8)).transpose(1, 2).flatten(1, 2)
         y = self.norm(self.adder(F.pad(x, (1, 1, 1, 1), mode="reflect")))
-        return F.softmax(self.linear(y.amax((2, 3)) - 1), dim=1)
+        return F.softmax(self.linear(self.rows(y.flatten(2)).amax(2) - 1), dim=1)
 
 
 def test_other_operators_take_the_general_way() -> None:

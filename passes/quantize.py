@@ -37,6 +37,10 @@ from anncvt.runtime.integer_torch import accumulate, finish, rearrange
 BITS = (8, 6, 5, 4)
 #: Largest multiplier of an epilogue, in bits with its sign: what a small hardware multiplier takes.
 MULTIPLIER_BITS = 16
+FULL_MULTIPLIER = 1 << (MULTIPLIER_BITS - 1)
+#: Multipliers are made smaller so that totals fit 32 bits, of which kernels multiply and shift twice as many at once;
+#: but no smaller than half of this, with which a byte changes by no more than an eighth of a step.
+SHORT_MULTIPLIER = 2**11
 #: Integer logits reach about this far.
 LOGIT_RANGE = 2**15
 MAX_SHIFT = 31
@@ -189,7 +193,7 @@ class _Quantizer:
         accumulators = [accumulate(step, parts) for parts in self._inputs(step)]
         line = self._fitted(piece, line, accumulators)
         low, high = (-(2**31), 2**31 - 1) if is_last else _limits(piece, grid)
-        epilogue = self._epilogue(line, grid, piece.residual, low, high)
+        epilogue = self._epilogue(line, grid, piece.residual, low, high, _largest_multiplier(step, is_last))
         residuals: Sequence[Tensor | None] = [None] * len(accumulators)
         if piece.residual is not None:
             residuals = self.values[piece.residual]
@@ -344,20 +348,33 @@ class _Quantizer:
             slope = torch.where((spread > 0) & (ratio > 0.5) & (ratio < 2), fitted, slope)
         return _Line(slope, target.mean(0) - slope * a.mean(0))
 
-    def _epilogue(self, line: _Line, grid: Grid, residual: str | None, low: int, high: int) -> Epilogue:
+    def _epilogue(
+        self, line: _Line, grid: Grid, residual: str | None, low: int, high: int, most: int = FULL_MULTIPLIER
+    ) -> Epilogue:
+        """The line in integers; its multipliers are at most ``most``, those of accumulators."""
         slope, offset = (line.slope / grid.scale).numpy(), (line.offset / grid.scale).numpy() + grid.zero
         source = None if residual is None else self.grids[residual]
         ratio = 0.0 if source is None else source.scale / grid.scale
-        largest = max(float(np.abs(slope).max()), ratio) or 1.0
-        shift = min(
-            max(MULTIPLIER_BITS - 1 - math.ceil(math.log2(largest * (1 + 2.0**-MULTIPLIER_BITS))), 1), MAX_SHIFT
-        )
+        limits = ((float(np.abs(slope).max()), most), (ratio, FULL_MULTIPLIER))
+        shifts = [math.floor(math.log2((limit - 0.5) / value)) for value, limit in limits if value]
+        shift = min(max(min(shifts, default=MULTIPLIER_BITS - 2), 1), MAX_SHIFT)
         multiplier = np.rint(slope * 2**shift).astype(np.int32)
         residual_multiplier = round(ratio * 2**shift)
         bias = np.rint(offset * 2**shift).astype(np.int64)
         if source is not None:
             bias -= residual_multiplier * source.zero
         return Epilogue(multiplier, bias, shift, low, high, residual_multiplier)
+
+
+def _largest_multiplier(step: Step, is_last: bool) -> int:
+    """The largest multiplier of accumulators with which kernels need no more than 32 bits, or that hardware takes."""
+    if is_last or step.weight is None:
+        return FULL_MULTIPLIER
+    filters = step.weight.reshape(len(step.weight), -1)
+    reach = filters.shape[1] if step.op == "adder" else int(np.abs(filters.astype(np.int64)).sum(1).max())
+    # Sums of maxima, which some kernels add up in place of differences, are up to twice as large.
+    short = ((1 << 31) - 1) // max(2 * 255 * reach, 1)
+    return min(short, FULL_MULTIPLIER) if short >= SHORT_MULTIPLIER else FULL_MULTIPLIER
 
 
 def _limits(piece: Piece, grid: Grid) -> tuple[int, int]:

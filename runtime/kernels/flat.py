@@ -56,7 +56,8 @@ def zero(dtype: str) -> Any:
 def prefetch(buffer: Any, at: Any, *, write: bool = False) -> None:
     """Bring the cache line of ``buffer[at]`` closer, to be read or written, without waiting for it."""
     address = T.address_of(buffer[at])
-    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, int(write), 2, 1))  # second-level cache, data
+    # 3: into all caches, data. Requests for the second level alone come too late more often.
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, int(write), 3, 1))
 
 
 def store(target: Any, at: Any, value: Callable[[Any], Any] | Any, lanes: int = LANES) -> None:

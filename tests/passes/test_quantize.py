@@ -101,6 +101,15 @@ def test_filter_groups_have_grids_of_their_own():
     assert all(network.step(name).op == "rescale" for name in step.inputs)
 
 
+def test_totals_of_small_layers_fit_32_bits():
+    network = quantize(adder_program(Residual(), 8), CALIBRATION)
+    for step in network.steps:
+        if step.op == "adder":
+            largest = int(np.abs(step.epilogue.multiplier).max())
+            assert 2 * 255 * step.weight[0].size * largest < 1 << 31
+            assert largest >= 1 << 10 or step.residual is not None
+
+
 def test_powers_of_two():
     network = quantize(adder_program(ZeroPadded(), 8), CALIBRATION, QuantizeConfig(power_of_two=True, bits=6))
     for step in network.steps:

@@ -8,22 +8,45 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from anncvt.runtime.kernels.flat import function, zero
+from anncvt.runtime.kernels.flat import function, ramp, splat, zero
+from anncvt.runtime.kernels.integer_forms import call
 from anncvt.runtime.kernels.layer import LANES, blocks
 from anncvt.runtime.kernels.layout import blocked_shape
 
+#: Bytes that one instruction looks up.
+AT_ONCE = 64
 
-def enter(shape: tuple[int, ...]) -> tirx.PrimFunc:
-    """Pixels as integers on the input's grid: arguments ``x[N, C, H, W], table[C, 256], y``, all uint8 and plain."""
+
+def enter(shape: tuple[int, ...], features: tuple[str, ...] = ()) -> tirx.PrimFunc:
+    """Pixels as integers on the input's grid: arguments ``x[N, C, H, W], table[C, 256], y``, all uint8 and plain.
+
+    Args:
+        shape: of ``x``.
+        features: instruction sets that may be used (LLVM's names).
+    """
     batch, channels = shape[:2]
     pixels = math.prod(shape[2:])
+    at_once = AT_ONCE if "avx512vbmi" in features and pixels >= AT_ONCE else 1
 
     def body(x: Any, table: Any, y: Any) -> None:
-        with T.parallel(batch * channels) as plane, T.serial(pixels) as pixel:
-            at = plane * pixels + pixel
-            T.buffer_store(y, table[plane % channels * 256 + x[at].astype("int32")], [at])
+        with T.parallel(batch * channels) as plane, T.serial(-(-pixels // at_once)) as part:
+            # The last vector may overlap the one before.
+            at = ramp(plane * pixels + tirx.min(part * at_once, pixels - at_once), at_once)
+            values = plane % channels * 256
+            found = table[values + x[at].astype("int32")] if at_once == 1 else _looked_up(table, values, x[at])
+            T.buffer_store(y, found, [at])
 
     return function({"x": shape, "table": (channels, 256), "y": shape}, body, "uint8")
+
+
+def _looked_up(table: Any, begin: Any, index: Any) -> Any:
+    """``table[begin + index]`` of 64 bytes: each instruction looks in 128 of the 256, by the lower 7 bits."""
+    quarters = [table[ramp(begin + quarter * AT_ONCE, AT_ONCE)] for quarter in range(4)]
+    low, high = (
+        call("llvm.x86.avx512.vpermi2var.qi.512", "uint8x64", first, index, second)
+        for first, second in (quarters[:2], quarters[2:])
+    )
+    return tirx.Select(index < splat(128, "uint8", AT_ONCE), low, high)
 
 
 def select(shape: tuple[int, ...], count: int, dtype: str) -> tirx.PrimFunc:

@@ -72,7 +72,8 @@ class _Function:
     def __init__(self, emitter: Emitter, network: IntegerNetwork, pixels: relax.Var, shape: tuple[int, ...]) -> None:
         self.emitter, self.network, self.batch = emitter, network, shape[0]
         arguments = [pixels, emitter.constant(network.table)]
-        entered = emitter.call(("enter", shape), lambda: integer_data.enter(shape), arguments, shape, "uint8")
+        features = emitter.target.features
+        entered = emitter.call(("enter", shape), lambda: integer_data.enter(shape, features), arguments, shape, "uint8")
         self._values = {INPUT: Value(entered, shape, False, "uint8")}
         #: Steps that repeat a tensor for adders alone, which read it so often: they have no value.
         self._repeated = {step.name: step.inputs for step in network.steps if _repeats(step, network)}

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("tvm")
 
+import tvm
 from networks import Inverted, Joined, Residual, Shuffled, ZeroPadded
 from quantized import adder_program, noise
 
@@ -19,6 +20,8 @@ from anncvt.runtime import integer_network
 from anncvt.runtime import tvm as runtime
 from anncvt.runtime.integer import Epilogue, Grid, Step, Window
 from anncvt.runtime.integer_network import INPUT, IntegerNetwork
+from anncvt.runtime.kernels import integer_data
+from anncvt.runtime.kernels.deployment import Deployment
 
 RANDOM = np.random.default_rng(0)
 GRID = Grid(1.0, 9)
@@ -149,3 +152,14 @@ def test_what_does_not_fit_bytes_is_refused_by_name(tmp_path):
             network(flat, broad, last, channels=1), Preprocess((1, 6, 7), (0.5,), (0.25,)), tmp_path / "model.so"
         )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [(5, 5), (9, 9)])  # less than a vector of pixels, and vectors that overlap
+def test_pixels_are_looked_up(size):
+    target = Deployment.parse("cpu")
+    kernel = integer_data.enter((2, 3, *size), target.features).with_attr("global_symbol", "main")
+    x, table = (RANDOM.integers(0, 256, shape, np.uint8) for shape in ((2, 3, *size), (3, 256)))
+    tensors = [tvm.runtime.tensor(array) for array in (x, table, np.zeros_like(x))]
+    tvm.compile(tvm.IRModule({"main": kernel}), target.target)["main"](*tensors)
+    expected = np.stack([table[channel][x[:, channel]] for channel in range(3)], 1)
+    np.testing.assert_array_equal(tensors[-1].numpy(), expected)

@@ -34,7 +34,7 @@ from anncvt.runtime.kernels import cache
 from anncvt.runtime.kernels.deployment import Deployment
 from anncvt.runtime.kernels.integer_launch import to_blocks
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
-from anncvt.runtime.kernels.integer_pack import Requantisation, totals_of
+from anncvt.runtime.kernels.integer_pack import Requantisation, narrow, totals_of
 from anncvt.runtime.kernels.integer_plan import Plan
 
 #: The stem is a convolution in the adder network too; its input is plain.
@@ -118,6 +118,7 @@ def kernel(layer: Layer, mode: str, x: np.ndarray, weight: np.ndarray) -> Callab
         Padding(*sides),
         clamped=end.narrow,
         totals=totals_of(mode, weight, end),
+        narrow=narrow(mode, weight, end),
         blocked=not stem,
     )
     constants = Plan.of(spec, Deployment.parse("cpu")).pack(weight, 128, end)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -9,14 +10,14 @@ from hypothesis import strategies as st
 
 from anncvt.runtime.geometry import Padding
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
-from anncvt.runtime.kernels.integer_pack import Requantisation, totals_of
+from anncvt.runtime.kernels.integer_pack import Requantisation, narrow, totals_of
 from anncvt.runtime.kernels.layer import LANES, blocks
 
 LENGTHS = ("short", "long", "wide")
 
 
 class Case(NamedTuple):
-    """One layer with operands, and its result."""
+    """One layer with operands, and its result; ``layer`` says whether it is narrow."""
 
     layer: IntegerLayer
     x: np.ndarray
@@ -79,6 +80,7 @@ def case(layer: IntegerLayer, *, batch: int = 1, values: str = "all", zero: int 
     offset = (128 << shift) - centre * multiplier + random.integers(-(30 << shift), 30 << shift, layer.out_channels)
     low, high = (low, 250) if layer.clamped else (0, 255)
     end = Requantisation(multiplier.astype(np.int32), offset, shift, low, high, (1 << shift) // 4 - 3)
+    layer = dataclasses.replace(layer, narrow=narrow(layer.mode, weight, end))
     assert LENGTHS.index(totals_of(layer.mode, weight, end)) <= LENGTHS.index(layer.totals)
     residual = draw((batch, layer.out_channels, *layer.out_size), np.uint8) if layer.residual else None
     return Case(layer, x, weight, zero, end, residual, requantised(total, end, residual))

@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as B
 
 from anncvt.runtime.kernels.flat import function, prefetch, ramp, spread
-from anncvt.runtime.kernels.integer_forms import Form
+from anncvt.runtime.kernels.integer_forms import ORIGIN, Form
 from anncvt.runtime.kernels.integer_input import Cells, Input
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
 from anncvt.runtime.kernels.integer_output import DTYPES, Output, arguments
@@ -90,7 +90,8 @@ class _Kernel:
             source, base = self.input.read(buffers["x"], buffers["parameters"], image, row, group)
             sums = None
             if form.quads is not None:
-                sums = window_sums(self.layer, form.quads, self.input, source, base, cut.rows)
+                origin = ORIGIN if form.narrows(self.layer) else 0
+                sums = window_sums(self.layer, form.quads, self.input, source, base, cut.rows, origin)
             with B.serial(cut.panels) as panel:
                 self._panel(image, row, first + panel, panel // self.panels, source, base, sums)
             self._clear(image, row, item % self.parts)

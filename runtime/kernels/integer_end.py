@@ -70,11 +70,22 @@ class End:
 
     def _shift(self, sums: Any, at: Any, residual: Any) -> Any:
         """``(offset + sums*multiplier + residual) >> shift``, int32 or int64; rounding is part of the offset."""
+        if self.form.narrows(self.layer):
+            return self._narrow(sums, at, residual)
         if self.form.sums != "int64" and self.layer.totals == "short":
             return self._short(sums, at, residual)
         if self.form.packs and self.layer.totals == "long" and self.lanes == LANES:
             return self._alternating(sums, at, residual)
         return self._long(sums, at, residual)
+
+    def _narrow(self, sums: Any, at: Any, residual: Any) -> Any:
+        """The upper halves of the constant factors are zero; those of negative sums are not."""
+        assert self.form.pairs is not None
+        total = self._load("offset", at).astype(f"int32x{self.lanes}")
+        if residual is not None:
+            total = self.form.pairs(total, residual, self._parameter("residual", self.lanes))
+        total = self.form.pairs(total, sums, self._load("multiplier", at))
+        return total >> self._parameter("shift", self.lanes)
 
     def _short(self, sums: Any, at: Any, residual: Any) -> Any:
         kind = f"int32x{self.lanes}"

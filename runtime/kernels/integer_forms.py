@@ -29,6 +29,10 @@ from tvm import DataType, DataTypeCode, tirx
 from tvm.script import tirx as T
 
 from anncvt.runtime.kernels.flat import splat
+from anncvt.runtime.kernels.integer_layer import IntegerLayer
+
+#: What narrow sums are counted from.
+ORIGIN = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,17 @@ class Form:
     together: int = 0  # channels of one output side by side in the weights of a step; 0: all of them
     of_rows: int = 0  # registers of a 1x1 layer, whose pixels are one row; 0: as of every other
     packs: bool = False  # there are instructions for :func:`packed`
+    #: 16 sums of int32, to which products of int16 side by side are added.
+    pairs: Callable[[Any, Any, Any], Any] | None = None
 
     @property
     def maxima(self) -> bool:
         """Whether steps add up ``2*max(x, w)``."""
         return self.quads is not None
+
+    def narrows(self, layer: IntegerLayer) -> bool:
+        """Whether sums are kept within int16, less :data:`ORIGIN`, so that ``pairs`` multiplies and adds at once."""
+        return self.pairs is not None and self.maxima and layer.narrow and layer.totals == "short"
 
     def order(self, vectors: int) -> list[int]:
         """Which output each lane of ``vectors`` vectors sums. Four 64-bit lanes are narrowed two vectors at a time."""
@@ -102,7 +112,7 @@ def choose(mode: str, architecture: str, features: tuple[str, ...]) -> Form:
 
 def _x86_adder(features: tuple[str, ...]) -> Form:
     if "avx512vnni" in features:
-        return Form("max_dot", 16, 4, 14, 2, _max_dot, quads=_quads, packs=True, of_rows=24)
+        return Form("max_dot", 16, 4, 14, 2, _max_dot, quads=_quads, packs=True, of_rows=24, pairs=_dot_pairs)
     if "avx512bw" in features:
         return _sad("llvm.x86.avx512.psad.bw.512", 512, 14)
     if "avx2" in features:
@@ -161,6 +171,12 @@ def _dot(sums: Any, x: Any, w: Any) -> Any:
 def _dot_product(sums: Any, unsigned: Any, signed: Any) -> Any:
     """16 sums of four products of bytes."""
     return call("llvm.x86.avx512.vpdpbusd.512", "int32x16", sums, unsigned, signed)
+
+
+def _dot_pairs(sums: Any, a: Any, b: Any) -> Any:
+    """Of int32 vectors whose halves are the factors."""
+    halves = (T.reinterpret("int16x32", factor) for factor in (a, b))
+    return call("llvm.x86.avx512.vpdpwssd.512", "int32x16", sums, *halves)
 
 
 def _udot(sums: Any, x: Any, w: Any) -> Any:

@@ -15,7 +15,7 @@ from anncvt.runtime.geometry import expand_padding
 from anncvt.runtime.kernels import cache
 from anncvt.runtime.kernels.deployment import Deployment
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
-from anncvt.runtime.kernels.integer_pack import Requantisation, check, totals_of
+from anncvt.runtime.kernels.integer_pack import Requantisation, check, narrow, totals_of
 from anncvt.runtime.kernels.integer_plan import Plan
 from anncvt.runtime.kernels.layer import LANES, blocks
 from anncvt.runtime.kernels.spec import as_pair
@@ -58,6 +58,7 @@ class IntegerOperator:
         self._weight, self._zero, self._end = weight, zero, end
         self._window = (as_pair(stride), expand_padding(padding), as_pair(dilation), groups)
         self._totals = "long" if end is None else totals_of(mode, self._weight, end)
+        self._narrow = end is not None and narrow(mode, self._weight, end)
         self._mode = mode
         self._constants: dict[bool, list[Tensor]] = {}
         self._calls: dict[tuple[int, tuple[int, ...], bool], _Call] = {}
@@ -118,6 +119,7 @@ class IntegerOperator:
             residual=residual,
             clamped=self._end is not None and self._end.narrow,
             totals=self._totals,
+            narrow=self._narrow,
             blocked=blocked,
         )
 

@@ -45,6 +45,9 @@ class IntegerLayer:
 
     ``totals``: ``"short"``, ``t`` and what it is made of fit int32; ``"long"``, what is left after the shift does;
     ``"wide"``, not even that does, so that it is clamped before it is narrowed.
+
+    ``narrow``: of an adder whose totals are short, every ``sum 2*max(x, w) - sum x`` is less than 2^16, and what sums
+    and residual are multiplied by fits int16.
     """
 
     mode: str
@@ -61,6 +64,7 @@ class IntegerLayer:
     residual: bool = False
     clamped: bool = True  # False: the range is 0..255, to which bytes are saturated anyway
     totals: str = "long"
+    narrow: bool = False
     blocked: bool = True  # False: x is plain [N, C, H, W] (the network's input)
 
     @property

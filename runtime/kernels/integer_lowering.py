@@ -21,7 +21,7 @@ from anncvt.runtime.kernels.deployment import Deployment
 from anncvt.runtime.kernels.emitter import Emitter
 from anncvt.runtime.kernels.fusion import Value, View
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
-from anncvt.runtime.kernels.integer_pack import Requantisation, check, totals_of
+from anncvt.runtime.kernels.integer_pack import Requantisation, check, narrow, totals_of
 from anncvt.runtime.kernels.integer_plan import Plan
 from anncvt.runtime.kernels.layer import LANES
 from anncvt.runtime.kernels.layout import blocked_shape
@@ -157,6 +157,7 @@ class _Function:
             residual=residual is not None,
             clamped=end is not None and end.narrow,
             totals="long" if end is None else totals_of(part.mode, part.weight, end),
+            narrow=end is not None and narrow(part.mode, part.weight, end),
             blocked=x.blocked,
         )
         plan = Plan.of(layer, self.emitter.target)

@@ -8,7 +8,7 @@ import numpy as np
 
 from anncvt.errors import AnncvtError
 from anncvt.runtime.kernels.integer import cells_of
-from anncvt.runtime.kernels.integer_forms import Form
+from anncvt.runtime.kernels.integer_forms import ORIGIN, Form
 from anncvt.runtime.kernels.integer_layer import IntegerLayer, totals
 from anncvt.runtime.kernels.integer_tiling import IntegerTiling, panels_of
 
@@ -74,6 +74,14 @@ def totals_of(mode: str, weight: np.ndarray, end: Requantisation) -> str:
     return totals(factor, multiplier, bias, end.residual, end.shift)
 
 
+def narrow(mode: str, weight: np.ndarray, end: Requantisation) -> bool:
+    """Whether the sums of a layer, and what they are multiplied by, fit 16 bits, see the class
+    :class:`anncvt.runtime.kernels.integer_layer.IntegerLayer`."""
+    largest = np.maximum(2 * weight.astype(np.int64), 255).reshape(len(weight), -1).sum(1).max()
+    factors = max(int(np.abs(end.multiplier.astype(np.int64)).max()), abs(end.residual))
+    return mode == "adder" and bool(largest < 1 << 16) and factors < 1 << 15
+
+
 def pack_weight(layer: IntegerLayer, form: Form, cut: IntegerTiling, weight: np.ndarray) -> np.ndarray:
     """``[O, copies*C/groups, kh, kw]`` as ``[panels, cells, kh, kw, steps, lanes...]``; what is added is zero."""
     cells = cells_of(layer, form)
@@ -119,7 +127,11 @@ def pack_constants(
     if end is None:
         return [spread(correction, "int32"), np.array([zero, 0, 0, 0, 0], np.int32)]
     multiplier = end.multiplier.astype(np.int64)
+    narrows = form.narrows(layer)
+    correction = correction - ORIGIN * narrows
     offset = end.offset.astype(np.int64) + correction * multiplier + (1 << (end.shift - 1))
+    if narrows:  # products are added, and the upper halves are no factors
+        multiplier = -multiplier & 0xFFFF
     parameters = np.array([zero, end.shift, end.low, end.high, end.residual], np.int32)
     return [spread(multiplier, "int32"), spread(offset, "int64"), parameters]
 

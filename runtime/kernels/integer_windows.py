@@ -20,8 +20,8 @@ LANES, AT_ONCE = 16, 4
 QUAD = 4
 
 
-def window_sums(layer: IntegerLayer, quads: Quads, image: Input, source: Any, base: Any, rows: int) -> Any:
-    """``-sum x`` over the window of each output pixel, of all copies: ``[groups, rows, output width]`` int32.
+def window_sums(layer: IntegerLayer, quads: Quads, image: Input, source: Any, base: Any, rows: int, origin: int) -> Any:
+    """``-origin - sum x`` over the window of each output pixel, of all copies: ``[groups, rows, output width]`` int32.
 
     Args:
         layer: the layer.
@@ -29,6 +29,7 @@ def window_sums(layer: IntegerLayer, quads: Quads, image: Input, source: Any, ba
         image: the input of the work item.
         source, base: where it begins.
         rows: output rows of the work item.
+        origin: what the sums are counted from.
     """
     width = layer.out_size[1]
     result = workspace(image.groups * rows * width, "int32")
@@ -41,7 +42,7 @@ def window_sums(layer: IntegerLayer, quads: Quads, image: Input, source: Any, ba
                 for r in range(layer.kernel[0])
                 for s in range(layer.kernel[1])
             ]
-            B.buffer_store(result, -sum(taps[1:], taps[0]) * layer.copies, [(group * rows + h) * width + w])
+            B.buffer_store(result, -origin - sum(taps[1:], taps[0]) * layer.copies, [(group * rows + h) * width + w])
     return result
 
 

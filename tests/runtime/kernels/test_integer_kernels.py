@@ -68,13 +68,14 @@ def in_plain(form: Form) -> Form:
             sums = sums + tirx.Shuffle([x], [4 * lane + k for lane in range(form.lanes)]).astype(sums.ty.dtype)
         return sums
 
-    return dataclasses.replace(form, step=step, alternate=None, quads=form.quads and quads, packs=False)
+    return dataclasses.replace(form, step=step, alternate=None, quads=form.quads and quads, packs=False, pairs=None)
 
 
 @settings(parent=SLOW_COMPILER, max_examples=12)
 @given(layers(), st.integers(1, 3), st.sampled_from([0, 7, 255]), st.sampled_from([0, 3]))
 def test_every_geometry(layer: IntegerLayer, batch: int, zero: int, low: int) -> None:
-    assert_exact(Plan.of(layer, HERE), case(layer, batch=batch, zero=zero, low=low))
+    given_case = case(layer, batch=batch, zero=zero, low=low)
+    assert_exact(Plan.of(given_case.layer, HERE), given_case)
 
 
 #: Instruction sets without a machine here are replaced by their meaning: layout, sums and constants stay the same.
@@ -114,6 +115,19 @@ def test_x86_instructions(level: str, mode: str, totals: str) -> None:
         pytest.skip(f"this processor is no {level}")
     layer = IntegerLayer(mode, 40, (9, 9), 48, (3, 3), padding=Padding(1, 1, 1, 1), residual=True, totals=totals)
     assert_exact(Plan.of(layer, deployment), case(layer, values="extreme"), deployment.target)
+
+
+@X86
+@pytest.mark.parametrize("values", ["all", "extreme"])
+@pytest.mark.parametrize("level", ["x86-64", "x86-64-v3", "x86-64-v4", "cascadelake", "znver4"])
+def test_narrow_sums(level: str, values: str) -> None:
+    """With 128 channels the least of the sums, and the largest, are those of the extreme values."""
+    deployment = Deployment.parse(f"llvm -mcpu={level}")
+    if processor.missing(list(deployment.features)):
+        pytest.skip(f"this processor is no {level}")
+    given_case = case(IntegerLayer("adder", 128, (4, 9), 48, (1, 1), residual=True, totals="short"), values=values)
+    assert given_case.layer.narrow
+    assert_exact(Plan.of(given_case.layer, deployment), given_case, deployment.target)
 
 
 @pytest.mark.parametrize("mode", ["adder", "conv"])

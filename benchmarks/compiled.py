@@ -61,7 +61,7 @@ IMAGES = 4
 WEIGHTS = 4.0
 #: Times the rounding error of torch's own float32, which deep networks of random weights amplify.
 TIMES = 4
-SECONDS = 240
+SECONDS = 600
 
 
 def converted(name: str) -> Program:

@@ -119,7 +119,8 @@ class _Graph:
         return [n for n in self._nodes if n.op == "call_function" and n.users and not self._folded(n)]
 
     def _folded(self, node: fx.Node) -> bool:
-        return isinstance(self._env.get(node), Tensor)
+        found = self._env.get(node)
+        return all(isinstance(part, Tensor) for part in (found if isinstance(found, tuple) else (found,)))
 
     def _lower(self, node: fx.Node) -> Any:
         handler = HANDLERS.get(overload_name(node.target))

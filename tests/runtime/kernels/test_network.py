@@ -171,6 +171,19 @@ def test_explicit_padding_joins_the_layer() -> None:
     assert kernels(module) <= 7
 
 
+class Standardised(nn.Conv2d):
+    """A convolution whose weights are normalised in each call, by an operator of several results."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.batch_norm(self.weight.flatten(1)[None], None, None, training=True)
+        return F.conv2d(x, weight.view_as(self.weight), self.bias, self.stride, self.padding)
+
+
+def test_weights_that_are_computed_from_parameters_are_constants() -> None:
+    network = nn.Sequential(Standardised(3, 16, 3, 2, 1), nn.ReLU(), AdderConv2d(16, 16, 3), Head(16, 4))
+    assert kernels(compare(settle(network, (2, 3, 9, 9)), torch.randn(2, 3, 9, 9))) <= 5
+
+
 def test_exporting_leaves_the_mode_alone() -> None:
     network = nn.Sequential(AdderConv2d(3, 4, 1), Head(4, 2)).train()
     export(network, (1, 3, 4, 4))

@@ -259,7 +259,7 @@ class Model:
         images = np.from_dlpack(given) if hasattr(given, "__dlpack__") else np.asarray(given)
         expected = self.manifest["input"]
         size, dtype = expected["shape"][1:], np.dtype(expected["dtype"])
-        if images.ndim != 4 or list(images.shape[1:]) != size:
+        if list(images.shape[1:]) != size:
             raise AnncvtError(
                 f"images of shape {list(images.shape)}, expected [N, {', '.join(map(str, size))}]",
                 where=str(self._path),

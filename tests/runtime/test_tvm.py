@@ -14,7 +14,7 @@ from torch import nn
 pytest.importorskip("tvm")
 
 from anncvt.errors import AnncvtError
-from anncvt.nn import AdderConv2d
+from anncvt.nn import AdderConv2d, AdderConv3d
 from anncvt.program import Preprocess, Program, Source
 from anncvt.runtime import artifact, processor
 from anncvt.runtime import tvm as runtime
@@ -50,6 +50,16 @@ def test_any_batch_size_equals_torch(compiled: Path, count: int) -> None:
 
 def test_no_images_no_logits(compiled: Path) -> None:
     assert runtime.load(compiled)(np.empty((0, 3, 8, 8), np.float32)).shape == (0, 4)
+
+
+def test_inputs_may_be_videos(tmp_path: Path) -> None:
+    video = nn.Sequential(AdderConv3d(2, 4, 3), nn.BatchNorm3d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).eval()
+    images = torch.randn(2, 2, 3, 4, 4)
+    with torch.no_grad():
+        expected = video(images).numpy()
+    preprocess = Preprocess((2, 3, 4, 4), (0.5,), (0.2,))
+    got = runtime.load(runtime.compile_network(video, preprocess, tmp_path / "video.so"))(images.numpy())
+    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_manifest_says_how_to_use_it(compiled: Path) -> None:

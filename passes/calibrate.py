@@ -4,7 +4,8 @@
    the teacher computes there; then all layers of a block to what the teacher's block computes.
 2. All together, end to end (:mod:`anncvt.passes.fit_jointly`).
 3. Where there is time left, the logits are distilled (:mod:`anncvt.passes.fit_logits`).
-4. The BatchNorm statistics are taken again.
+4. The BatchNorm statistics are taken again. Where 2 and 3 did not pay on images held back, they are undone
+   (:mod:`anncvt.passes.fit_whole`).
 
 All steps use the op's exact (sign) gradient: the smoothed one of AdderNet training measures worse here.
 """
@@ -24,10 +25,11 @@ from anncvt.errors import AnncvtError
 from anncvt.images import augment, normalise
 from anncvt.passes.calibration_state import CalibrationState
 from anncvt.passes.fit_blocks import BlockFit
-from anncvt.passes.fit_jointly import JointFit, explained, fit_jointly, refresh_statistics
+from anncvt.passes.fit_jointly import JointFit, explained
 from anncvt.passes.fit_layers import LayerFit
 from anncvt.passes.fit_locally import LocalFit
-from anncvt.passes.fit_logits import LogitFit, fit_logits
+from anncvt.passes.fit_logits import LogitFit
+from anncvt.passes.fit_whole import WholeFit, divided
 from anncvt.passes.initialise import initialise
 from anncvt.passes.objectives import backward, output_loss
 from anncvt.passes.pairing import Pair, channels_last, gradients, pairs
@@ -51,7 +53,7 @@ class CalibrationConfig:
     joint: JointFit = field(default_factory=JointFit)
     logits: LogitFit = field(default_factory=LogitFit)
     layer_share: float = 0.2  # of a time budget
-    block_share: float = 0.65
+    block_share: float = 0.6
 
 
 def calibrate(
@@ -90,7 +92,9 @@ def calibrate(
     if len(images) == 0:
         raise AnncvtError("no calibration images", fix="name a data set with images")
     config = config or CalibrationConfig()
-    size, large = (_batch_size(stage.batch_size, plan, len(images), memory) for stage in (config.joint, config.logits))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    own, judge = divided(order)
+    size, large = (_batch_size(stage.batch_size, plan, len(own), memory) for stage in (config.joint, config.logits))
     config = replace(
         config, joint=replace(config.joint, batch_size=size), logits=replace(config.logits, batch_size=large)
     )
@@ -101,8 +105,7 @@ def calibrate(
     begin -= state.seconds
     deadline = None if budget is None else begin + budget
     state.begin = begin
-    draw = _Batches(program, images, state.generator)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    draw = _Batches(program, images, own, state.generator)
     linear = any(layer.kind == "Linear" for layer in plan.swapped)
     graph = trace(teacher, linear=linear).parts[0].graph
     try:
@@ -118,14 +121,20 @@ def calibrate(
                 within = None if deadline is None else time.monotonic() + sum(shares) * (deadline - time.monotonic())
                 local.run(state.generator, within, shares, state.keep, progress)
                 del local
-            networks, then = (teacher, student, paired, draw.next), (deadline, state.keep, progress)
-            fit_jointly(*networks, config.joint, state.joint, *then, outputs=teachable)
-            if teachable:
-                fit_logits(*networks, config.logits, state.logits, *then)
-            chosen = torch.randperm(len(images), generator=state.generator)[:2048]
-            parts = [part for part in chosen.split(size) if len(part) == size]
-            refresh_statistics(student, paired, map(draw.plain, parts))
-            last = explained(teacher, student.eval(), paired, draw.plain(chosen[:size]))
+            whole = WholeFit(
+                teacher,
+                student,
+                paired,
+                draw.plain,
+                draw.next,
+                own,
+                judge,
+                config.joint,
+                config.logits,
+                teachable,
+            )
+            kept = whole.run(state, deadline, progress)
+            last = explained(teacher, student.eval(), paired, draw.plain(judge[:size]))
     except KeyboardInterrupt:
         progress.note(state.summary(len(paired)))
         raise
@@ -140,6 +149,7 @@ def calibrate(
         "final_r2": {name: round(r2, 4) for name, r2 in last.items()},
         "joint_steps": state.joint.steps,
         "logit_steps": state.logits.steps,
+        "end_to_end_kept": kept,
         "memory": memory,
         "config": asdict(config),
     }
@@ -196,21 +206,22 @@ def _teachable(teacher: nn.Module, student: nn.Module, images: Tensor) -> bool:
 class _Batches:
     """The images as the networks take them."""
 
-    def __init__(self, program: Program, images: Images, generator: torch.Generator) -> None:
-        self.program, self.images, self.generator = program, images, generator
+    def __init__(self, program: Program, images: Images, own: Tensor, generator: torch.Generator) -> None:
+        self.program, self.images, self.own, self.generator = program, images, own, generator
 
     def plain(self, indices: Tensor) -> Tensor:
         """Those at ``indices``."""
         return self._as_taken(self.images.pixels[indices])
 
     def next(self, count: int, mirrored: bool) -> Tensor:
-        """``count`` images at random: what comes next depends on the generator alone.
+        """``count`` of its own images at random: what comes next depends on the generator alone.
 
         Args:
             mirrored: half of them, where a mirrored picture is one of the same kind. Shifted ones, with black borders,
                 give a network other statistics than it meets later.
         """
-        pixels = self.images.pixels[torch.randperm(len(self.images), generator=self.generator)[:count]]
+        chosen = torch.randperm(len(self.own), generator=self.generator)[:count]
+        pixels = self.images.pixels[self.own[chosen]]
         if mirrored and self.images.flip and pixels.dim() == 4:
             pixels = augment(pixels, self.generator, pad=0)
         return self._as_taken(pixels)

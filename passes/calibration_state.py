@@ -37,6 +37,8 @@ class CalibrationState:
         self.layers: dict[str, dict[str, Any]] = {}
         self.blocks: list[dict[str, Any]] = []
         self.joint, self.logits = StageState(), StageState()
+        #: Of the student before these stages, its weights and its loss.
+        self.fitted: dict[str, Any] | None = None
         self.seconds = 0.0  # spent before this run
         self.begin = self._kept = time.monotonic()
 
@@ -53,6 +55,7 @@ class CalibrationState:
             "blocks": self.blocks,
             "joint": vars(self.joint),
             "logits": vars(self.logits),
+            "fitted": self.fitted,
         }
         write_state(self.folder / CHECKPOINT, state)
         self._kept = time.monotonic()
@@ -76,7 +79,7 @@ class CalibrationState:
                 self.generator.set_state(state["generator"])
                 self.layers, self.blocks = state["layers"], state["blocks"]
                 self.joint, self.logits = StageState(**state["joint"]), StageState(**state["logits"])
-                self.seconds = state["seconds"]
+                self.fitted, self.seconds = state["fitted"], state["seconds"]
         except Exception as error:  # a file that is no checkpoint fails in as many ways as there are formats
             raise AnncvtError(f"not a usable checkpoint: {error}", where=str(path), fix=fix) from error
         if changed:

@@ -25,7 +25,6 @@ class JointFit:
     """How all layers are fitted together; rates between those tried (benchmarks/RESULTS.md)."""
 
     steps: int = 300
-    least_steps: int = 100  # with less time, the stage is left out: it loses first
     batch_size: int = 64
     lr: float = 5e-4  # Adam, of everything but adder weights
     weight_lr: float = 0.003  # Adam, of adder weights, relative to the standard deviation of each layer's input
@@ -51,8 +50,8 @@ def fit_jointly(
 
     Args:
         batch: the next images, so many, mirrored at random or not.
-        deadline: on the monotonic clock; the number of steps follows from it (:func:`_chosen`). ``None``:
-            ``how.steps``.
+        deadline: on the monotonic clock; the number of steps follows from it, but where there is time for
+            :data:`ROOM` times ``how.steps``, only those are taken. ``None``: ``how.steps``.
         on_step: called after every step.
         outputs: compare what the networks return, too, and not the layers alone.
 
@@ -70,25 +69,18 @@ def fit_jointly(
     train(
         "fit jointly",
         optimizer,
-        lambda: _loss(teacher, student, paired, batch(how.batch_size, how.mirror), how, r2, outputs),
+        lambda: joint_loss(teacher, student, paired, batch(how.batch_size, how.mirror), how, r2, outputs),
         state,
         how.steps,
         deadline,
-        chosen=lambda fit: _chosen(fit, how),
+        chosen=lambda fit: how.steps if fit >= ROOM * how.steps else fit,
         on_step=on_step,
         shown=lambda: {"r2": sum(r2.values()) / max(1, len(r2))},
         progress=progress,
     )
 
 
-def _chosen(fit: int, how: JointFit) -> int:
-    """Of the steps there is time for, those to take: with :data:`ROOM` times ``how.steps``, the rest is left."""
-    if fit < how.least_steps:
-        return 0
-    return how.steps if fit >= ROOM * how.steps else fit
-
-
-def _loss(
+def joint_loss(
     teacher: nn.Module,
     student: nn.Module,
     paired: list[Pair],
@@ -97,6 +89,7 @@ def _loss(
     r2: dict[str, float],
     outputs: bool,
 ) -> Tensor:
+    """What ``student`` misses of its teacher's outputs and layers on the images ``x``; ``r2`` of the layers follows."""
     missed, got, wanted = _missed(teacher, student, paired, x)
     r2.update({name: 1 - float(share.detach()) for name, share in missed.items()})
     loss = output_loss(got, wanted, how.temperature) if outputs else torch.zeros(())

@@ -1,0 +1,90 @@
+"""The stages that train the whole network, and whether they paid: judged on images held back, undone if they did not.
+
+A short stage can lose: the first steps disturb what the layers learned, and with small batches so do the statistics.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from anncvt.passes.examples import HELD_OUT
+from anncvt.passes.fit_jointly import JointFit, fit_jointly, joint_loss, refresh_statistics
+from anncvt.passes.fit_logits import LogitFit, fit_logits
+from anncvt.passes.pairing import Pair
+from anncvt.progress import Progress
+
+if TYPE_CHECKING:
+    from anncvt.passes.calibration_state import CalibrationState
+
+#: Images that the statistics are taken from, at most, and those that judge.
+SETTLING, JUDGING = 2048, 256
+
+
+def divided(order: Tensor) -> tuple[Tensor, Tensor]:
+    """The images to train on, and those that judge: others, unless there are too few (``order``: shuffled indices)."""
+    count = min(len(order) // HELD_OUT, JUDGING)
+    return (order[count:], order[:count]) if count else (order, order)
+
+
+class WholeFit:
+    """Trains the student end to end.
+
+    Args:
+        plain: images of some indices, as the networks take them.
+        draw: the next images to train on, so many, mirrored at random or not.
+        own, judge: indices as from :func:`divided`.
+        teachable: a gradient flows back from what the networks return.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        paired: list[Pair],
+        plain: Callable[[Tensor], Tensor],
+        draw: Callable[[int, bool], Tensor],
+        own: Tensor,
+        judge: Tensor,
+        joint: JointFit,
+        logits: LogitFit,
+        teachable: bool,
+    ) -> None:
+        self.teacher, self.student, self.paired, self.plain, self.draw = teacher, student, paired, plain, draw
+        self.own, self.judge, self.joint, self.logits, self.teachable = own, judge, joint, logits, teachable
+
+    def run(self, state: CalibrationState, deadline: float | None, progress: Progress) -> bool:
+        """Go through the stages from ``state``, which follows; return whether what came of them is kept."""
+        if state.fitted is None:
+            self.settle()
+            state.fitted = {"loss": self.loss(), "student": copy.deepcopy(self.student.state_dict())}
+        networks, then = (self.teacher, self.student, self.paired, self.draw), (deadline, state.keep, progress)
+        fit_jointly(*networks, self.joint, state.joint, *then, outputs=self.teachable)
+        if self.teachable:
+            fit_logits(*networks, self.logits, state.logits, *then)
+        if not state.joint.steps and not state.logits.steps:
+            return True
+        self.settle()
+        if self.loss() <= state.fitted["loss"]:  # not where it is no number
+            return True
+        self.student.load_state_dict(state.fitted["student"])
+        return False
+
+    def settle(self) -> None:
+        """Take the statistics of the fitted norms again."""
+        size = self.joint.batch_size
+        parts = [part for part in self.own[:SETTLING].split(size) if len(part) == size]
+        refresh_statistics(self.student, self.paired, map(self.plain, parts))
+        self.student.eval()
+
+    def loss(self) -> float:
+        """The joint stage's, in eval mode, on the images that judge."""
+        total = 0.0
+        for part in self.judge.split(self.joint.batch_size):
+            x, r2 = self.plain(part), dict[str, Any]()
+            loss = joint_loss(self.teacher, self.student, self.paired, x, self.joint, r2, self.teachable)
+            total += float(loss.detach()) * len(part) / len(self.judge)
+        return total

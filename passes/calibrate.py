@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 #: Bytes for activations, unless the caller says otherwise.
 MEMORY = 4 << 30
+#: Of the time, what is left to take statistics again where there is no end-to-end training.
+SETTLING = 0.03
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,6 @@ def calibrate(
             reached = set() if graph is None else {str(node.target) for node in graph.nodes if node.op == "call_module"}
             _map_unreached(program, paired, reached, draw.plain(order[:256]), state, progress)
             paired = _called(paired, reached | set(state.layers), progress)
-            if graph is not None:
-                local = LocalFit(graph, teacher, student, paired, order, draw.plain, memory, config.layer, config.block)
-                local.layers, local.blocks = state.layers, state.blocks
-                shares = (config.layer_share, config.block_share)
-                within = None if deadline is None else time.monotonic() + sum(shares) * (deadline - time.monotonic())
-                local.run(state.generator, within, shares, state.keep, progress)
-                del local
             whole = WholeFit(
                 teacher,
                 student,
@@ -133,6 +128,17 @@ def calibrate(
                 config.logits,
                 teachable,
             )
+            if graph is not None:
+                local = LocalFit(graph, teacher, student, paired, order, draw.plain, memory, config.layer, config.block)
+                local.layers, local.blocks = state.layers, state.blocks
+                shares = (config.layer_share, config.block_share)
+                within = None
+                if deadline is not None:
+                    left = deadline - time.monotonic()
+                    rest = 1 - sum(shares)
+                    within = deadline - (rest if whole.worthwhile(rest * left) else SETTLING) * left
+                local.run(state.generator, within, shares, state.keep, progress)
+                del local
             kept = whole.run(state, deadline, progress)
             last = explained(teacher, student.eval(), paired, draw.plain(judge[:size]))
     except KeyboardInterrupt:

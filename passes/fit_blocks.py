@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from anncvt.passes.blocks import Block
 from anncvt.passes.examples import HELD_OUT
+from anncvt.passes.mixing import BlockExamples, Mixer
 from anncvt.passes.objectives import backward, unexplained
 from anncvt.passes.pairing import Pair, channels_last
 from anncvt.passes.schedule import cosine, set_rates, steps_within
@@ -33,14 +34,22 @@ class BlockFit:
     layers: int = 4  # swapped layers in a block, at least
     positions: int = 16384  # output pixels per step, of the layer with most; this many images where that is too few:
     least_images: int = 8
-    most_images: int = 128
+    most_images: int = 64
     weight_lr: float = 0.2  # of adder weights, relative to the standard deviation of their layer's input
     kept_lr: float = 0.02  # of the weights of kept layers, relative to their own standard deviation
     norm_lr: float = 0.02
+    scarcity: float = 4.0  # over the targets per weight, that is the share of mixed examples
+    most_mixed: float = 0.5
+    least_mixed: float = 0.1  # less is none
 
     def images(self, pixels: int) -> int:
         """Per step, for a block whose widest layer has so many output pixels per image."""
         return max(self.least_images, min(self.most_images, self.positions // pixels))
+
+    def mixed(self, targets: int, weights: int) -> float:
+        """Share of a block's examples that are mixed ones: the more, the fewer targets there are for its weights."""
+        share = min(self.most_mixed, self.scarcity * weights / targets)
+        return share if share >= self.least_mixed else 0.0
 
 
 @dataclass(frozen=True)
@@ -54,26 +63,27 @@ class FittedBlock:
 
 def fit_block(
     block: Block,
+    teacher: nn.Module,
     student: nn.Module,
     graph: fx.Graph,
-    inputs: Tensor,
-    targets: Tensor,
+    examples: BlockExamples,
     how: BlockFit,
     pixels: int,
     generator: torch.Generator,
     seconds: float | None = None,
     on_step: Callable[[float], None] = lambda r2: None,
 ) -> FittedBlock:
-    """Train every parameter of ``block`` by Adam to minimise the share of ``targets`` that it misses.
+    """Train every parameter of ``block`` by Adam to minimise the share of its targets that it misses.
 
     Args:
-        student: in eval mode; comes back in it.
-        inputs, targets: the student's input to the block and the teacher's output, of all images.
+        teacher, student: in eval mode; come back in it.
+        examples: the block's ends, of all images.
         pixels: outputs per image and channel of the block's widest swapped layer.
         generator: of the order of the images.
         seconds: time for it; the number of steps follows from it. ``None``: ``how.steps``.
         on_step: called with R^2 after every step.
     """
+    inputs, targets = examples.student, examples.targets
     held = torch.arange(len(inputs)) % HELD_OUT == HELD_OUT - 1
     own, judge = (~held).nonzero().flatten(), held.nonzero().flatten()
     judge = judge if len(judge) else own
@@ -82,16 +92,13 @@ def fit_block(
     before_r2 = _score(block, student, inputs, targets, judge, size)
     optimizer = _optimizer(block, student, graph, channels_last(inputs[own[:size]]), how)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    order = itertools.chain.from_iterable(
-        torch.randperm(len(own), generator=generator).split(size) for _ in itertools.count()
-    )
-    stream = (own[part] for part in order if len(part) == size)
+    batches = _Batches(block, teacher, examples, own, how, size, generator)
     norms = [pair.norm for pair in block.paired]
 
     def step(factor: float) -> None:
         set_rates(optimizer, peaks, factor)
-        batch = next(stream)
-        error = unexplained(block.run(student, channels_last(inputs[batch])), targets[batch])
+        x, y = batches.next()
+        error = unexplained(block.run(student, x), y)
         optimizer.zero_grad()
         backward(error)
         optimizer.step()
@@ -112,6 +119,46 @@ def fit_block(
         student.load_state_dict(before)
         r2 = before_r2
     return FittedBlock(r2, before_r2, steps)
+
+
+class _Batches:
+    """What the block should give, and for what.
+
+    Where images are scarce, a share of the inputs is mixed, and as large a share of the targets is what the teacher's
+    block makes of the student's input: how to make up for the errors of earlier blocks is what is learned by heart.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        teacher: nn.Module,
+        examples: BlockExamples,
+        own: Tensor,
+        how: BlockFit,
+        size: int,
+        generator: torch.Generator,
+    ) -> None:
+        self.block, self.teacher, self.examples, self.generator = block, teacher, examples, generator
+        weights = sum(pair.adder.weight.numel() for pair in block.paired)
+        exact = block.start.op == "placeholder"  # The student's input is the teacher's, and images there are enough.
+        self.share = 0.0 if exact else how.mixed(len(own) * examples.targets[0].numel(), weights)
+        self.count = round(self.share * size)
+        self.mixer = Mixer(examples, own) if self.count else None
+        order = itertools.chain.from_iterable(
+            torch.randperm(len(own), generator=generator).split(size) for _ in itertools.count()
+        )
+        self.stream = (own[part] for part in order if len(part) == size)
+
+    @torch.no_grad()
+    def next(self) -> tuple[Tensor, Tensor]:
+        batch = next(self.stream)
+        x, y = channels_last(self.examples.student[batch]), self.examples.targets[batch]
+        if self.mixer is None:
+            return x, y
+        theirs, mine = self.mixer.mixed(batch[: self.count], self.generator)
+        x = channels_last(torch.cat([mine, x[self.count :]]))
+        y = torch.cat([self.block.run(self.teacher, channels_last(theirs)), y[self.count :]])
+        return x, torch.lerp(y, self.block.run(self.teacher, x), self.share)
 
 
 def _optimizer(block: Block, student: nn.Module, graph: fx.Graph, x: Tensor, how: BlockFit) -> torch.optim.Adam:

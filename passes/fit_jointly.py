@@ -25,6 +25,7 @@ class JointFit:
     """How all layers are fitted together; rates between those tried (benchmarks/RESULTS.md)."""
 
     steps: int = 300
+    least_steps: int = 100  # with less time, the stage is left out
     batch_size: int = 64
     lr: float = 5e-4  # Adam, of everything but adder weights
     weight_lr: float = 0.003  # Adam, of adder weights, relative to the standard deviation of each layer's input
@@ -51,7 +52,8 @@ def fit_jointly(
     Args:
         batch: the next images, so many, mirrored at random or not.
         deadline: on the monotonic clock; the number of steps follows from it, but where there is time for
-            :data:`ROOM` times ``how.steps``, only those are taken. ``None``: ``how.steps``.
+            :data:`ROOM` times ``how.steps``, only those are taken, and none where there is none for
+            ``how.least_steps``. ``None``: ``how.steps``.
         on_step: called after every step.
         outputs: compare what the networks return, too, and not the layers alone.
 
@@ -73,7 +75,7 @@ def fit_jointly(
         state,
         how.steps,
         deadline,
-        chosen=lambda fit: how.steps if fit >= ROOM * how.steps else fit,
+        chosen=lambda fit: how.steps if fit >= ROOM * how.steps else fit if fit >= how.least_steps else 0,
         on_step=on_step,
         shown=lambda: {"r2": sum(r2.values()) / max(1, len(r2))},
         progress=progress,

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anncvt.passes.examples import Examples, batches, collect
-from anncvt.passes.fit_taps import fit_taps
+from anncvt.passes.fit_taps import fit_taps, sweep_cost
 from anncvt.passes.initialise import fit_line, map_weights
 from anncvt.passes.norms import normalised
 from anncvt.passes.objectives import LayerLoss
@@ -96,6 +96,11 @@ def fit_layers(
 def step_cost(pair: Pair) -> float:
     """Time of a step per output pixel, in taps: what is done per output channel takes as long as some 200."""
     return pair.adder.out_channels * (pair.adder.weight[0].numel() + 200)
+
+
+def layer_cost(pair: Pair, how: LayerFit) -> float:
+    """Time of all sweeps and steps of a layer, in multiply-adds; a step goes forward and twice back."""
+    return 1 + how.sweeps * sweep_cost(pair) + 3 * how.steps * how.positions * step_cost(pair)
 
 
 def _fit_at(

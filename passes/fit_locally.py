@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from anncvt.passes.blocks import Block, find_blocks, shapes_of
 from anncvt.passes.examples import POSITIONS
 from anncvt.passes.fit_blocks import BlockFit, fit_block
-from anncvt.passes.fit_layers import LayerFit, fit_layers, step_cost
+from anncvt.passes.fit_layers import LayerFit, fit_layers, layer_cost, step_cost
+from anncvt.passes.mixing import BlockExamples
 from anncvt.passes.pairing import Pair
 from anncvt.passes.schedule import Shares
 from anncvt.passes.walk import Mark, Walk
@@ -49,7 +50,7 @@ class LocalFit:
         layer: LayerFit,
         block: BlockFit,
     ) -> None:
-        self.graph, self.student, self.layer, self.block = graph, student, layer, block
+        self.graph, self.teacher, self.student, self.layer, self.block = graph, teacher, student, layer, block
         #: Gradients come with the block, at whose rates it is soon forgotten what they did to a layer before.
         self.begun = replace(layer, steps=0) if layer.sweeps and block.steps else layer
         shapes = shapes_of(graph, teacher, batch(order[:1]))
@@ -128,13 +129,17 @@ class LocalFit:
             count = max(self._chunks(pair.name) for pair in block.paired)
             targets = torch.cat([teacher[block.end] for teacher, _ in self.walk.after(block.end, count)])
             self.walk.rewind(mark)
-            inputs = torch.cat([student[block.start] for _, student in self.walk.after(block.start, count)])
+            starts = [
+                (teacher[block.start], student[block.start]) for teacher, student in self.walk.after(block.start, count)
+            ]
+            theirs, mine = (torch.cat(parts) for parts in zip(*starts, strict=True))
+            del starts
             result = fit_block(
                 block,
+                self.teacher,
                 self.student,
                 self.graph,
-                inputs,
-                targets,
+                BlockExamples(theirs, mine, targets),
                 self.block,
                 max(self.pixels[pair.name] for pair in block.paired),
                 generator,
@@ -153,8 +158,10 @@ class LocalFit:
         return min(len(self.parts), math.ceil(images / len(self.parts[0])))
 
     def _weights(self, layers: float, blocks: float) -> dict[str, float]:
-        """Of every layer and block that is to be done: what a step of it costs."""
-        of_layers = {pair.name: step_cost(pair) for pair in self.paired}
+        """Of every layer and block that is to be done, by what it costs to do all of it."""
+        inside = {pair.name for block in self.blocks_found for pair in block.paired}
+        hows = {pair.name: self.begun if pair.name in inside else self.layer for pair in self.paired}
+        of_layers = {pair.name: layer_cost(pair, hows[pair.name]) for pair in self.paired}
         of_blocks = {}
         for at, block in enumerate(self.blocks_found):
             size = self.block.images(max(self.pixels[pair.name] for pair in block.paired))

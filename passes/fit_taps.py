@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anncvt.nn import _AdderNd
-from anncvt.passes.coordinate_descent import CoordinateDescent, candidates
+from anncvt.passes.coordinate_descent import CANDIDATES, CoordinateDescent, candidates
 from anncvt.passes.examples import Examples
 from anncvt.passes.pairing import Pair
 
@@ -23,6 +23,18 @@ SAMPLES = 4096
 PLACES, PLACES_PER_WEIGHT = 8192, 8
 #: A sweep that changes a smaller share of the weights is the last one.
 SETTLED = 0.01
+
+
+def sweep_cost(pair: Pair) -> float:
+    """Time of a sweep, in multiply-adds: of every tap, what is done once takes as long as some 90 outputs."""
+    weight = pair.adder.weight  # [O, C/G (doubled: twice that), *]
+    taps = pair.adder.in_channels // pair.adder.groups * math.prod(weight.shape[2:])
+    outputs = len(weight) * weight[0].numel() // taps
+    return _places(weight) * 2 * CANDIDATES * taps * (outputs + 90 * pair.adder.groups)
+
+
+def _places(weight: Tensor) -> int:
+    return max(PLACES, PLACES_PER_WEIGHT * weight[0].numel())
 
 
 @torch.no_grad()
@@ -80,9 +92,9 @@ class _Places:
     def __init__(self, adder: _AdderNd, examples: Examples, memory: int, generator: torch.Generator) -> None:
         self.groups = adder.groups
         side = examples.targets.shape[2:]
-        weights, taps = adder.weight[0].numel(), adder.in_channels * math.prod(adder.kernel_size)
+        taps = adder.in_channels * math.prod(adder.kernel_size)
         # Of the outputs: targets, the same less their means, what is missing, and two of these at a time.
-        count = min(max(PLACES, PLACES_PER_WEIGHT * weights), memory // (4 * (taps + 5 * adder.out_channels)))
+        count = min(_places(adder.weight), memory // (4 * (taps + 5 * adder.out_channels)))
         picked = torch.randperm(len(examples) * math.prod(side), generator=generator)[: max(count, 2)]
         image, *place = torch.unravel_index(picked, (len(examples), *side))
         here: tuple[Any, ...] = (image, slice(None), *place)

@@ -6,6 +6,7 @@ A short stage can lose: the first steps disturb what the layers learned, and wit
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from anncvt.passes.examples import HELD_OUT
 from anncvt.passes.fit_jointly import JointFit, fit_jointly, joint_loss, refresh_statistics
 from anncvt.passes.fit_logits import LogitFit, fit_logits
+from anncvt.passes.objectives import backward
 from anncvt.passes.pairing import Pair
 from anncvt.progress import Progress
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Images that the statistics are taken from, at most, and those that judge.
 SETTLING, JUDGING = 2048, 256
+#: Images that the time of a step is measured with first, and how much longer than in larger batches each may take.
+FEW, AT_MOST = 8, 8
 
 
 def divided(order: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,6 +59,22 @@ class WholeFit:
     ) -> None:
         self.teacher, self.student, self.paired, self.plain, self.draw = teacher, student, paired, plain, draw
         self.own, self.judge, self.joint, self.logits, self.teachable = own, judge, joint, logits, teachable
+
+    def worthwhile(self, seconds: float) -> bool:
+        """Whether ``seconds`` are enough for the joint stage, from the time that a step takes."""
+        each, size = seconds / self.joint.least_steps, self.joint.batch_size
+        self._time(FEW)  # which compiles kernels
+        few = self._time(FEW) * size / FEW
+        # In small networks more images at once take less time each.
+        return each >= few or (AT_MOST * each >= few and each >= self._time(size))
+
+    def _time(self, images: int) -> float:
+        """Seconds of one step."""
+        begin = time.monotonic()
+        x = self.plain(self.own[:images])
+        backward(joint_loss(self.teacher, self.student, self.paired, x, self.joint, {}, self.teachable))
+        self.student.zero_grad()
+        return time.monotonic() - begin
 
     def run(self, state: CalibrationState, deadline: float | None, progress: Progress) -> bool:
         """Go through the stages from ``state``, which follows; return whether what came of them is kept."""

@@ -233,12 +233,21 @@ def test_same_seed_same_weights():
 
 def test_a_budget_is_kept_and_its_steps_recorded():
     program = _program(Residual())
-    calibrate(program, _images(), budget=3.0)
+    calibrate(program, _images(), budget=3.0, config=CalibrationConfig(joint=JointFit(least_steps=10)))
     record = program.history[-1]
     assert record.seconds < 12
     assert record.metrics["blocks"][0]["steps"] >= 10
     assert record.metrics["joint_steps"] >= 10
     assert not record.metrics["logit_steps"]  # there was no time left for them
+
+
+def test_time_too_short_for_the_joint_stage_goes_to_the_blocks():
+    program = _program(Residual())
+    calibrate(program, _images(), budget=3.0, config=CalibrationConfig(joint=JointFit(least_steps=10**6)))
+    metrics = program.history[-1].metrics
+    assert metrics["blocks"][0]["steps"] >= 10
+    assert not metrics["joint_steps"]
+    assert metrics["end_to_end_kept"]
 
 
 def test_time_that_the_joint_stage_leaves_goes_to_the_logits():

@@ -129,7 +129,7 @@ def calibrate(
                 teachable,
             )
             if graph is not None:
-                local = LocalFit(graph, teacher, student, paired, order, draw.plain, memory, config.layer, config.block)
+                local = LocalFit(graph, teacher, student, paired, own, draw.plain, memory, config.layer, config.block)
                 local.layers, local.blocks = state.layers, state.blocks
                 shares = (config.layer_share, config.block_share)
                 within = None

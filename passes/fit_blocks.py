@@ -59,6 +59,7 @@ class FittedBlock:
     r2: float
     before_r2: float
     steps: int
+    mixed: float  # share of the examples that were mixed ones
 
 
 def fit_block(
@@ -118,7 +119,7 @@ def fit_block(
     if not r2 >= before_r2 and steps:  # also where it is not a number
         student.load_state_dict(before)
         r2 = before_r2
-    return FittedBlock(r2, before_r2, steps)
+    return FittedBlock(r2, before_r2, steps, batches.share)
 
 
 class _Batches:

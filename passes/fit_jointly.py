@@ -25,7 +25,7 @@ class JointFit:
     """How all layers are fitted together; rates between those tried (benchmarks/RESULTS.md)."""
 
     steps: int = 300
-    least_steps: int = 100  # with less time, the stage is left out
+    least_steps: int = 50  # with less time, the stage is left out
     batch_size: int = 64
     lr: float = 5e-4  # Adam, of everything but adder weights
     weight_lr: float = 0.003  # Adam, of adder weights, relative to the standard deviation of each layer's input

@@ -74,10 +74,13 @@ def collect(
 
 def batches(examples: Examples, size: int, generator: torch.Generator) -> Iterator[Examples]:
     """Random batches of ``size`` rows without end (of all, if there are fewer)."""
-    size = min(size, len(examples))
+    return map(examples.rows, shuffled(len(examples), min(size, len(examples)), generator))
+
+
+def shuffled(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Random batches of ``size`` of ``count`` indices without end; in each round, every index comes at most once."""
     while True:
-        order = torch.randperm(len(examples), generator=generator)
-        yield from (examples.rows(part) for part in order.split(size) if len(part) == size)
+        yield from (part for part in torch.randperm(count, generator=generator).split(size) if len(part) == size)
 
 
 class _Windows:

@@ -7,7 +7,6 @@ convolutions and the norms learn to give the adders inputs they can work with. T
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -17,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anncvt.passes.blocks import Block
-from anncvt.passes.examples import HELD_OUT
+from anncvt.passes.examples import HELD_OUT, shuffled
 from anncvt.passes.mixing import BlockExamples, Mixer
 from anncvt.passes.objectives import backward, unexplained
 from anncvt.passes.pairing import Pair, channels_last
@@ -145,10 +144,7 @@ class _Batches:
         self.share = 0.0 if exact else how.mixed(len(own) * examples.targets[0].numel(), weights)
         self.count = round(self.share * size)
         self.mixer = Mixer(examples, own) if self.count else None
-        order = itertools.chain.from_iterable(
-            torch.randperm(len(own), generator=generator).split(size) for _ in itertools.count()
-        )
-        self.stream = (own[part] for part in order if len(part) == size)
+        self.stream = (own[part] for part in shuffled(len(own), size, generator))
 
     @torch.no_grad()
     def next(self) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,7 @@ class LocalFit:
         reached = {str(node.target) for node in graph.nodes if node.op == "call_module"}
         self.paired = [pair for pair in paired if pair.name in reached]
         self.blocks_found = find_blocks(graph, self.paired, shapes, block.layers)
+        self.inside = {pair.name for found in self.blocks_found for pair in found.paired}
         computed = {str(node.target): math.prod(shape) for node, shape in shapes.items() if node.op == "call_module"}
         self.pixels = {pair.name: computed[pair.name] // pair.adder.out_channels for pair in self.paired}
         self.order = order[: _images(self.blocks_found, shapes, len(order), memory)]
@@ -85,7 +86,6 @@ class LocalFit:
         """
         clock = Shares(self._weights(*shares), deadline)
         blocks = self.blocks_found
-        inside = {pair.name for block in blocks for pair in block.paired}
         total = len(self.paired) + len(blocks)
         with progress.task("fit layers and blocks", total) as task:
             task.advance(len(self.layers) + len(self.blocks))
@@ -99,7 +99,7 @@ class LocalFit:
                 self._layers(list(block.paired), self.begun, clock, generator, on_done, task)
                 self._block(f"block {at + 1}", block, mark, clock, generator, task)
                 on_done()
-            rest = [pair for pair in self.paired if pair.name not in inside]
+            rest = [pair for pair in self.paired if pair.name not in self.inside]
             self._layers(rest, self.layer, clock, generator, on_done, task)
 
     def _layers(
@@ -159,9 +159,9 @@ class LocalFit:
 
     def _weights(self, layers: float, blocks: float) -> dict[str, float]:
         """Of every layer and block that is to be done, by what it costs to do all of it."""
-        inside = {pair.name for block in self.blocks_found for pair in block.paired}
-        hows = {pair.name: self.begun if pair.name in inside else self.layer for pair in self.paired}
-        of_layers = {pair.name: layer_cost(pair, hows[pair.name]) for pair in self.paired}
+        of_layers = {
+            pair.name: layer_cost(pair, self.begun if pair.name in self.inside else self.layer) for pair in self.paired
+        }
         of_blocks = {}
         for at, block in enumerate(self.blocks_found):
             size = self.block.images(max(self.pixels[pair.name] for pair in block.paired))

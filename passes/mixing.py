@@ -22,9 +22,6 @@ class BlockExamples:
     student: Tensor  # [N, C, *]
     targets: Tensor  # [N, C', *]
 
-    def __len__(self) -> int:
-        return len(self.targets)
-
 
 class Mixer:
     """Mixes inputs in pairs, with the statistics of those at ``own``."""

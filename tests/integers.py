@@ -67,6 +67,9 @@ def case(layer: IntegerLayer, *, batch: int = 1, values: str = "all", zero: int 
     weight = draw(shape, np.uint8 if layer.mode == "adder" else np.int8)
     if values == "extreme" and layer.mode == "conv":
         weight = random.choice([-128, 127], shape).astype(np.int8)
+    if layer.doubling:
+        first = [(1 << (at + 1).bit_length() - 1) - 1 for at in range(layer.copies)]
+        weight = np.concatenate([np.split(weight, layer.copies, 1)[at] for at in first], 1)
     total = sums(layer, x, weight, zero)
     if layer.result == "int32":
         return Case(layer, x, weight, zero, None, None, total.astype(np.int32))
@@ -113,6 +116,8 @@ def layers(draw: st.DrawFn) -> IntegerLayer:
         )
     )
     result = draw(st.sampled_from(["uint8", "uint8", "int32"]))
+    repeated = st.sampled_from([(1, False), (1, False), (2, False), (3, True), (7, True)])
+    copies, doubling = draw(repeated) if groups == 1 else (1, False)
     return IntegerLayer(
         draw(st.sampled_from(["adder", "adder", "conv"])),
         groups * depth,
@@ -123,7 +128,8 @@ def layers(draw: st.DrawFn) -> IntegerLayer:
         padding,
         dilation,
         groups,
-        draw(st.sampled_from([1, 1, 2, 3])) if groups == 1 else 1,
+        copies,
+        doubling,
         result,
         residual=result == "uint8" and draw(st.booleans()),
         clamped=draw(st.booleans()),

@@ -107,24 +107,42 @@ class _Kernel:
         ):
             with B.serial(tall_tiles) as i, B.serial(wide_tiles) as j:
                 tile = _Tile(y0 + i * tall, x0 + j * wide, tall, wide)
-                totals = self._beginning(group, sums, tile)
+                starts = self._starts(group, sums, tile)
+                totals = self._beginning([] if self.layer.doubling else starts, tile)
                 at = base + group * (self.cells.number * self.input.plane)
-                self._taps(totals, panel, at, source, tile, before + i * wide_tiles + j, tiles)
+                with B.serial(self.layer.reads) as copy:
+                    if self.layer.doubling:
+                        self._double(totals, starts, tile.tall * tile.wide, copy)
+                    self._taps(totals, copy, panel, at, source, tile, before + i * wide_tiles + j, tiles)
                 self._results(totals, image, row, panel, tile)
             before += tall_tiles * wide_tiles
 
-    def _beginning(self, group: Any, sums: Any, tile: _Tile) -> list[Any]:
-        """A buffer for each vector of a pixel, with what the sums of a tile start with: zero, or what the window takes
-        from ``sum 2*max(x, w)``."""
-        form, vectors = self.form, self.cut.vectors
-        result = [B.alloc_buffer((tile.tall * tile.wide * form.lanes,), form.sums) for _ in range(vectors)]
-        for i, j in itertools.product(range(tile.tall), range(tile.wide)):
-            start = tirx.const(0, form.sums)
-            if sums is not None:
-                start = sums[(group * self.cut.rows + tile.top + i) * self.width + tile.left + j]
+    def _starts(self, group: Any, sums: Any, tile: _Tile) -> list[Any]:
+        """Per pixel of a tile, what the window takes from ``sum 2*max(x, w)``, where sums are of maxima."""
+        if sums is None:
+            return []
+        first = (group * self.cut.rows + tile.top) * self.width + tile.left
+        return [sums[first + i * self.width + j] for i, j in itertools.product(range(tile.tall), range(tile.wide))]
+
+    def _beginning(self, starts: list[Any], tile: _Tile) -> list[Any]:
+        """A buffer for each vector of a pixel, with what the sums of a tile start with: zero if nothing is given."""
+        form, pixels = self.form, tile.tall * tile.wide
+        result = [B.alloc_buffer((pixels * form.lanes,), form.sums) for _ in range(self.cut.vectors)]
+        for pixel, start in enumerate(starts or [tirx.const(0, form.sums)] * pixels):
             for own in result:
-                B.buffer_store(own, spread(start, form.lanes), [self._sum(i * tile.wide + j)])
+                B.buffer_store(own, spread(start, form.lanes), [self._sum(pixel)])
         return result
+
+    def _double(self, totals: list[Any], starts: list[Any], pixels: int, copy: Any) -> None:
+        """What copies before gave counts twice as much; the last one, which counts once, brings the start."""
+        for pixel in range(pixels):
+            at = self._sum(pixel)
+            for own in totals:
+                doubled = own[at] + own[at]
+                if starts:
+                    start = tirx.Select(copy >= self.layer.reads - 1, starts[pixel], tirx.const(0, "int32"))
+                    doubled = doubled + spread(start, self.form.lanes)
+                B.buffer_store(own, doubled, [at])
 
     def _expect(self, panel: Any, slot: Any, slots: int) -> None:
         """Ask for a part of the weights of the next panel, where they come from beyond the second-level cache.
@@ -132,7 +150,7 @@ class _Kernel:
         ``slot`` counts the ``slots`` times that the innermost loop is left in a panel: asked for all at once, lines
         would keep the loop waiting.
         """
-        size = self.layer.copies * self.cells.number * self.layer.kernel[0] * self.cells.columns
+        size = self.layer.reads * self.cells.number * self.layer.kernel[0] * self.cells.columns
         size *= self.cells.size * self.panel
         each = LINE_BYTES // (2 if self.form.weight == "int16" else 1)
         lines = -(-size // each)
@@ -146,14 +164,15 @@ class _Kernel:
         return ramp(pixel * self.form.lanes, self.form.lanes)
 
     def _taps(
-        self, totals: list[Any], panel: Any, base: Any, source: Any, tile: _Tile, number: Any, tiles: int
+        self, totals: list[Any], copy: Any, panel: Any, base: Any, source: Any, tile: _Tile, number: Any, tiles: int
     ) -> None:
+        """Add up one copy of the input."""
         layer, form, vectors = self.layer, self.form, self.cut.vectors
         kh, kw = layer.kernel[0], self.cells.columns
         operand = form.group * form.lanes
         cells = self.cells.number
-        with B.serial(layer.copies) as copy, B.serial(cells) as c, B.serial(kh) as r, B.serial(kw) as s:
-            turn, turns = ((copy * cells + c) * kh + r) * kw + s, layer.copies * cells * kh * kw
+        with B.serial(cells) as c, B.serial(kh) as r, B.serial(kw) as s:
+            turn, turns = ((copy * cells + c) * kh + r) * kw + s, layer.reads * cells * kh * kw
             self._expect(panel, number * turns + turn, tiles * turns)
             weights = (panel * turns + turn) * (self.cells.size * self.panel)
             origin = base + c * self.input.plane
@@ -210,7 +229,7 @@ def signature(
     panels = layer.groups * panels_of(layer, form, cut.vectors)
     panel = cut.vectors * form.lanes
     cells = cells_of(layer, form)
-    steps = (layer.copies * cells.number, layer.kernel[0], cells.columns, cells.size // form.group)
+    steps = (layer.reads * cells.number, layer.kernel[0], cells.columns, cells.size // form.group)
     shapes: dict[str, tuple[Any, ...]] = {
         "x": (batch, *layer.in_shape),
         "weight": (panels, *steps, panel * form.group),

@@ -38,7 +38,9 @@ class IntegerLayer:
     ``sum (x-zero)*w`` of uint8 and int8, where it counts 0.
 
     ``copies``: how often the input channels are read, one after the other, each time with weights of their own
-    (``[O, copies * C, kh, kw]``; of layers without groups): a doubled adder reads them twice.
+    (``[O, copies * C, kh, kw]``; of layers without groups): an adder with several weights per input.
+    ``doubling``: of these copies the second and third have the same weights, and so do the next four, eight, ...; one
+    of each is read, and counts as often.
 
     ``result``: ``"int32"``, those sums; or ``"uint8"``, requantised: ``clamp((t + 2^(shift-1)) >> shift, low, high)``
     of ``t = sum*multiplier + offset [+ r*residual]`` with a uint8 residual ``r``, in int64.
@@ -60,6 +62,7 @@ class IntegerLayer:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     copies: int = 1
+    doubling: bool = False
     result: str = "uint8"
     residual: bool = False
     clamped: bool = True  # False: the range is 0..255, to which bytes are saturated anyway
@@ -93,8 +96,13 @@ class IntegerLayer:
 
     @property
     def taps(self) -> int:
-        """Weights of one output."""
-        return self.copies * self.depth * self.kernel[0] * self.kernel[1]
+        """Weights of one output that are read."""
+        return self.reads * self.depth * self.kernel[0] * self.kernel[1]
+
+    @property
+    def reads(self) -> int:
+        """How often the input channels are read in fact."""
+        return self.copies.bit_length() if self.doubling else self.copies
 
     @property
     def filters(self) -> int:

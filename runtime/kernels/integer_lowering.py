@@ -2,7 +2,7 @@
 
 Every step with an accumulator is one integer kernel with its epilogue. Sums over windows and rescaling are depthwise
 convolutions whose weights are 1. Where filter groups read copies of an input of their own, each group is a kernel, and
-their channels are put in order behind them. What a step repeats for doubled adders is not copied: they read it twice.
+their channels are put in order behind them. What a step repeats for adders is not copied: they read it so often.
 """
 
 from __future__ import annotations
@@ -153,6 +153,7 @@ class _Function:
             step.window.dilation,
             part.groups,
             copies=len(names),
+            doubling=_doubles(part.weight, len(names)),
             result="uint8" if ends else "int32",
             residual=residual is not None,
             clamped=end is not None and end.narrow,
@@ -200,6 +201,14 @@ def _repeats(step: Step, network: IntegerNetwork) -> bool:
     readers = [other for other in network.steps if step.name in sources(other)]
     dense = all(other.op == "adder" and other.window.groups == 1 and other.residual != step.name for other in readers)
     return step.op == "concatenate" and len(set(step.inputs)) == 1 and dense
+
+
+def _doubles(weight: np.ndarray, copies: int) -> bool:
+    """Whether the weights of copies 1 and 2 are the same, those of 3 to 6, ...: adders of 2, 4, ... times the input."""
+    if copies == 1 or (copies + 1) & copies:
+        return False
+    each = np.split(weight, copies, 1)
+    return all(np.array_equal(each[at], each[at - 1]) for at in range(1, copies) if (at + 1) & at)
 
 
 def _parts(step: Step) -> list[_Part]:

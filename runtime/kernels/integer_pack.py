@@ -89,12 +89,14 @@ def pack_weight(layer: IntegerLayer, form: Form, cut: IntegerTiling, weight: np.
     if cells.columns != layer.kernel[1]:  # cells span the columns
         weight = weight.transpose(0, 3, 1, 2).reshape(layer.out_channels, -1, layer.kernel[0], 1)
     weight = weight.reshape(layer.groups, layer.filters, layer.copies, -1, *weight.shape[2:])
+    if layer.doubling:  # one of each, those that count most first
+        weight = weight[:, :, [2**k - 1 for k in reversed(range(layer.reads))]]
     *_, depth, kh, kw = weight.shape
     outputs, channels = panels * cut.vectors * form.lanes, cells.number * cells.size
-    full = np.zeros((layer.groups, outputs, layer.copies, channels, kh, kw), form.weight)
+    full = np.zeros((layer.groups, outputs, layer.reads, channels, kh, kw), form.weight)
     full[:, : layer.filters, :, :depth] = weight
     full = _ordered(full, form, cut)
-    steps = (layer.copies * cells.number, cells.size // form.group)
+    steps = (layer.reads * cells.number, cells.size // form.group)
     split = full.reshape(layer.groups * panels, cut.vectors, form.lanes, *steps, -1, together, kh, kw)
     packed = split.transpose(0, 3, 7, 8, 4, 1, 5, 2, 6)
     return np.ascontiguousarray(packed).reshape(*packed.shape[:5], -1)

@@ -85,13 +85,19 @@ FORMS = {
     "dotprod": ("aarch64", ("neon", "dotprod")),
     "neon": ("aarch64", ("neon",)),
 }
-CHANNELS = {"dense": (40, 72, 1), "doubled": (40, 72, 1), "grouped": (64, 32, 2), "small groups": (12, 18, 3)}
+CHANNELS = {
+    "dense": (40, 72, 1),
+    "copies": (40, 72, 1),
+    "doubling": (40, 72, 1),
+    "grouped": (64, 32, 2),
+    "small groups": (12, 18, 3),
+}
 
 
 @pytest.mark.parametrize(
     ("name", "mode", "kind"),
     [
-        *((name, "adder", kind) for name in FORMS for kind in ("dense", "doubled")),
+        *((name, "adder", kind) for name in FORMS for kind in ("dense", "copies", "doubling")),
         ("vnni", "conv", "dense"),
         *(("vnni", "adder", kind) for kind in ("grouped", "small groups")),
         ("vnni", "conv", "small groups"),
@@ -99,9 +105,9 @@ CHANNELS = {"dense": (40, 72, 1), "doubled": (40, 72, 1), "grouped": (64, 32, 2)
 )
 def test_every_form_in_plain_arithmetic(name: str, mode: str, kind: str) -> None:
     channels, out, groups = CHANNELS[kind]
-    copies = 2 if kind == "doubled" else 1
-    window = {"stride": (2, 1), "padding": Padding(1, 0, 1, 2), "groups": groups, "copies": copies}
-    layer = IntegerLayer(mode, channels, (5, 4), out, (3, 2), **window, residual=True)
+    window = {"stride": (2, 1), "padding": Padding(1, 0, 1, 2), "groups": groups}
+    copies = {"copies": {"copies": 2}, "doubling": {"copies": 7, "doubling": True}}.get(kind, {})
+    layer = IntegerLayer(mode, channels, (5, 4), out, (3, 2), **window, **copies, residual=True)
     assert_exact(Plan.with_form(layer, in_plain(choose(mode, *FORMS[name]))), case(layer))
 
 
@@ -120,12 +126,17 @@ def test_x86_instructions(level: str, mode: str, totals: str) -> None:
 @X86
 @pytest.mark.parametrize("values", ["all", "extreme"])
 @pytest.mark.parametrize("level", ["x86-64", "x86-64-v3", "x86-64-v4", "cascadelake", "znver4"])
-def test_narrow_sums(level: str, values: str) -> None:
-    """With 128 channels the least of the sums, and the largest, are those of the extreme values."""
+@pytest.mark.parametrize("doubling", [False, True])
+def test_narrow_sums(level: str, values: str, doubling: bool) -> None:
+    """With 128 taps the least of the sums, and the largest, are those of the extreme values."""
     deployment = Deployment.parse(f"llvm -mcpu={level}")
     if processor.missing(list(deployment.features)):
         pytest.skip(f"this processor is no {level}")
-    given_case = case(IntegerLayer("adder", 128, (4, 9), 48, (1, 1), residual=True, totals="short"), values=values)
+    copies = {"copies": 3, "doubling": True} if doubling else {}
+    layer = IntegerLayer(
+        "adder", 128 // 3 if doubling else 128, (4, 9), 48, (1, 1), residual=True, totals="short", **copies
+    )
+    given_case = case(layer, values=values)
     assert given_case.layer.narrow
     assert_exact(Plan.of(given_case.layer, deployment), given_case, deployment.target)
 

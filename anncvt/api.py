@@ -86,7 +86,7 @@ def plan(
     *,
     keep: Sequence[str] = (),
     swap: Sequence[str] = (),
-    double: Sequence[str] = (),
+    copies: int | Mapping[str, int] | None = None,
     policy: str | None = None,
     plan_file: str | Path | None = None,
     linear: bool = False,
@@ -97,7 +97,7 @@ def plan(
 
     Args:
         keep, swap: GLOBs over layer names, against the plan file and the policy.
-        double: GLOBs; of the layers that become adders, these compare every input with two weights.
+        copies: weights that adders compare every input with, 1 to 4, of all of them or by GLOB.
         policy: what stays a convolution: "no-depthwise" (default), "paper" or "all".
         plan_file: what ``anncvt plan --json`` wrote, with other actions.
         linear: Linear layers become adders, too.
@@ -112,7 +112,7 @@ def plan(
     from anncvt.passes.plan import plan as plan_pass
 
     program = _opened(program, progress)
-    choice = Choice.of(keep=keep, swap=swap, double=double, policy=policy, plan_file=plan_file, linear=linear)
+    choice = Choice.of(keep=keep, swap=swap, copies=copies, policy=policy, plan_file=plan_file, linear=linear)
     if program.plan is not None and choice == Choice() and policy is None:
         return program
     return apply(plan_pass, program, choice, to=None if dump is None else Path(dump), progress=progress)
@@ -132,7 +132,7 @@ def convert(
     trust_pickle: bool = False,
     keep: Sequence[str] = (),
     swap: Sequence[str] = (),
-    double: Sequence[str] = (),
+    copies: int | Mapping[str, int] | None = None,
     policy: str | None = None,
     plan_file: str | Path | None = None,
     linear: bool = False,
@@ -162,7 +162,7 @@ def convert(
         output: the program folder to write.
         calibrate: DATA to fit the adder network to the CNN on; labels are not looked at. Default: that of ``distill``.
         distill: DATA with labels to train on afterwards, for ``epochs``. None: no distillation.
-        keep, swap, double, policy, plan_file, linear: see :func:`plan`.
+        keep, swap, copies, policy, plan_file, linear: see :func:`plan`.
         dump: a folder for the network's graphs before and after each pass.
         data_dir: where data sets known by name lie.
         limit: at most so many images of each split (calibration takes 5000 unless told).
@@ -197,7 +197,7 @@ def convert(
         calibration=data(calibrate or distill or ""),
         training=None if distill is None else data(distill),
         config=_distill_config(config, seed, epochs=epochs, batch_size=batch_size, lr=lr, **training),
-        choice=Choice.of(keep=keep, swap=swap, double=double, policy=policy, plan_file=plan_file, linear=linear),
+        choice=Choice.of(keep=keep, swap=swap, copies=copies, policy=policy, plan_file=plan_file, linear=linear),
         budget=budget,
         memory=memory,
         resume=resume,

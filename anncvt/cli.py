@@ -434,7 +434,7 @@ def kernels(action: str, arch: str, dtype: str, output: Path | None) -> None:
     )
 
 
-LAYERS = ("keep", "swap", "double", "policy", "plan_file", "linear", "dump")
+LAYERS = ("keep", "swap", "copies", "policy", "plan_file", "linear", "dump")
 LOADING = ("arch", "arch_args", "input_size", "mean", "std", "trust_pickle")
 
 

@@ -37,8 +37,8 @@ def op_padding(sides: tuple[tuple[int, int], ...]) -> list[int]:
 class _AdderNd(nn.Module):
     """Shared by all: parameters, padding, bias, optional norm.
 
-    ``weight`` is ``[O, C/groups, *kernel_size]``. A ``doubled`` layer compares every input with two weights,
-    ``y = -sum |x - w1| - sum |x - w2|``: ``[O, 2C, *kernel_size]``, first all ``w1``, then all ``w2``.
+    ``weight`` is ``[O, C/groups, *kernel_size]``. With ``copies`` a layer compares every input with so many weights, at
+    1, 2, 4, ... times its size, ``y = -sum_k sum |2^k x - w_k|``: ``[O, copies * C, *kernel_size]``, first all ``w_0``.
     """
 
     ndim: int
@@ -63,20 +63,21 @@ class _AdderNd(nn.Module):
         *,
         norm: bool = False,
         gradient: str = "full",
-        doubled: bool = False,
+        copies: int = 1,
     ) -> None:
         super().__init__()
-        if doubled and groups > 1:
-            raise ValueError(f"a doubled layer has one group, not {groups}")
+        if copies < 1:
+            raise ValueError(f"copies={copies} is less than 1")
+        if copies > 1 and groups > 1:
+            raise ValueError(f"a layer with several weights per input has one group, not {groups}")
         if in_channels % groups or out_channels % groups:
             raise ValueError(f"groups={groups} divides neither or not both of {in_channels} and {out_channels}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride = self._tuple(kernel_size), self._tuple(stride)
         self.dilation, self.padding_mode, self.gradient = self._tuple(dilation), padding_mode, gradient
-        self.doubled = doubled
+        self.copies = copies
         self.padding = self._sides(padding)
-        inputs = in_channels // groups * (2 if doubled else 1)
-        self.weight = nn.Parameter(torch.empty(out_channels, inputs, *self.kernel_size))
+        self.weight = nn.Parameter(torch.empty(out_channels, copies * in_channels // groups, *self.kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.norm = _NORMS[self.ndim](out_channels) if norm else None
         self.reset_parameters()
@@ -109,9 +110,9 @@ class _AdderNd(nn.Module):
         weight: nn.Parameter | None = None,
         norm: bool = False,
         gradient: str = "full",
-        doubled: bool = False,
+        copies: int = 1,
     ) -> _AdderNd:
-        """An adder of the same geometry on the convolution's own Parameter objects (a doubled one's weight is new).
+        """An adder of the same geometry on the convolution's own Parameter objects (with ``copies`` the weight is new).
 
         Args:
             weight: takes the place of the convolution's, where that is computed from others.
@@ -128,12 +129,12 @@ class _AdderNd(nn.Module):
             conv.padding_mode,
             norm=norm,
             gradient=gradient,
-            doubled=doubled,
+            copies=copies,
         )
         return adder._adopt(conv, cast(nn.Parameter, conv.weight) if weight is None else weight)
 
     def _adopt(self, layer: _ConvNd | nn.Linear, weight: nn.Parameter) -> Any:
-        self.weight = nn.Parameter(torch.cat([weight.detach()] * 2, 1)) if self.doubled else weight
+        self.weight = weight if self.copies == 1 else nn.Parameter(self.copied(weight.detach()))
         self.bias = cast("nn.Parameter | None", layer.bias)
         return self.train(layer.training).to(weight.device)
 
@@ -141,7 +142,7 @@ class _AdderNd(nn.Module):
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, gradient={self.gradient!r}"
-            + (", doubled=True" if self.doubled else "")
+            + (f", copies={self.copies}" if self.copies > 1 else "")
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,6 +155,25 @@ class _AdderNd(nn.Module):
         if self.bias is not None:
             y = y + self.bias.view(-1, *(1,) * self.ndim)
         return y
+
+    def copied(self, x: Tensor) -> Tensor:
+        """``x`` ``[N, C, *]`` as the weights of a layer with ``copies`` meet it: ``[x, 2x, 4x, ...]`` by channels."""
+        copies = [x]
+        while len(copies) < self.copies:
+            copies.append(copies[-1] + copies[-1])
+        return x if self.copies == 1 else torch.cat(copies, 1)
+
+    @property
+    def repeats(self) -> int:
+        """How many weights of an input's own size do the same: ``|2^k x - w|`` is ``2^k`` times ``|x - w / 2^k|``."""
+        return 2**self.copies - 1
+
+    def repeated_weight(self) -> Tensor:
+        """Weights of the same layer on ``repeats`` plain copies of its input: ``[O, repeats * C/groups, *kernel]``."""
+        if self.copies == 1:
+            return self.weight
+        parts = self.weight.chunk(self.copies, 1)
+        return torch.cat([part / 2**k for k, part in enumerate(parts) for _ in range(2**k)], 1)
 
     def operand(self, x: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
         """What the op gets for ``x``, and the zeros around it per dimension (before, after)."""
@@ -177,15 +197,24 @@ class _AdderNd(nn.Module):
     def _adder(self, x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
         raise NotImplementedError
 
-    def _fakeable(self, x: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
-        """:meth:`_adder2d`, or what :attr:`fake` makes of it."""
+    def _fakeable(self, x: Tensor, *geometry: Any) -> Tensor:
+        """:meth:`_adder2d`, or what :attr:`fake` makes of it, which has one grid for an input and all its weights."""
+        if self.fake is None:
+            return self._adder2d(x, self._maps(self.weight), *geometry)
 
         def plain(x: Tensor, weight: Tensor) -> Tensor:
-            return self._adder2d(x, weight, *geometry)
+            return self._op(torch.cat([x] * self.repeats, 1), weight, *geometry)
 
-        return plain(x, weight) if self.fake is None else self.fake(plain, x, weight)
+        return self.fake(plain, x, self._maps(self.repeated_weight()))
 
-    def _adder2d(
+    def _maps(self, weight: Tensor) -> Tensor:
+        """``[O, C, kh, kw]``."""
+        return weight
+
+    def _adder2d(self, x: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
+        return self._op(self.copied(x), weight, *geometry)
+
+    def _op(
         self,
         x: Tensor,
         weight: Tensor,
@@ -193,8 +222,6 @@ class _AdderNd(nn.Module):
         padding: tuple[tuple[int, int], ...],
         dilation: tuple[int, ...],
     ) -> Tensor:
-        if self.doubled:
-            x = torch.cat([x, x], 1)
         geometry = (list(stride), op_padding(padding), list(dilation), self.groups)
         return torch.ops.anncvt.adder2d(x, weight, *geometry, self.gradient)
 
@@ -205,7 +232,7 @@ class AdderConv2d(_AdderNd):
     ndim = 2
 
     def _adder(self, x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
-        return self._fakeable(x, self.weight, self.stride, padding, self.dilation)
+        return self._fakeable(x, self.stride, padding, self.dilation)
 
 
 class AdderConv1d(_AdderNd):
@@ -258,30 +285,33 @@ class AdderLinear(_AdderNd):
         *,
         norm: bool = False,
         gradient: str = "full",
-        doubled: bool = False,
+        copies: int = 1,
     ) -> None:
         super().__init__(
-            in_features, out_features, (), (), (), (), 1, bias, norm=norm, gradient=gradient, doubled=doubled
+            in_features, out_features, (), (), (), (), 1, bias, norm=norm, gradient=gradient, copies=copies
         )
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, *, norm: bool = False, gradient: str = "full", doubled: bool = False
+        cls, linear: nn.Linear, *, norm: bool = False, gradient: str = "full", copies: int = 1
     ) -> AdderLinear:
-        """An adder on the Linear layer's own Parameter objects (a doubled one's weight is new)."""
-        adder = cls(linear.in_features, linear.out_features, norm=norm, gradient=gradient, doubled=doubled)
+        """An adder on the Linear layer's own Parameter objects (with ``copies`` the weight is new)."""
+        adder = cls(linear.in_features, linear.out_features, norm=norm, gradient=gradient, copies=copies)
         return adder._adopt(linear, cast(nn.Parameter, linear.weight))
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, gradient={self.gradient!r}" + (
-            ", doubled=True" if self.doubled else ""
+            f", copies={self.copies}" if self.copies > 1 else ""
         )
 
     def _adder(self, x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
         first = x.movedim(-1, 1)
         maps = first if first.dim() == 4 else first.reshape(first.shape[0], first.shape[1], 1, -1)
-        y = self._fakeable(maps, self.weight[:, :, None, None], (1, 1), ((0, 0), (0, 0)), (1, 1))
+        y = self._fakeable(maps, (1, 1), ((0, 0), (0, 0)), (1, 1))
         return y.reshape(y.shape[0], y.shape[1], *first.shape[2:]).movedim(1, -1)
+
+    def _maps(self, weight: Tensor) -> Tensor:
+        return weight[:, :, None, None]
 
 
 def adder_class(ndim: int) -> type[_AdderNd]:

@@ -93,6 +93,20 @@ class Bytes(click.ParamType):
         return int(float(match[1]) * 1024 ** ("KMG".index(match[2].upper()) + 1))
 
 
+class Copies(click.ParamType):
+    """``3`` as ``("*", 3)``, ``conv1=2`` as ``("conv1", 2)``."""
+
+    name = "copies"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        if isinstance(value, tuple):
+            return value
+        pattern, _, number = str(value).rpartition("=")
+        if not number.isdecimal():
+            self.fail(f"{value!r} is no number of weights; write 2 for all layers or GLOB=2 for some", param, ctx)
+        return pattern or "*", int(number)
+
+
 class Setting(click.ParamType):
     """``n=3`` as ``("n", 3)``: a Python literal where it is one, else text."""
 
@@ -165,10 +179,12 @@ def layers(command: Command) -> Command:
         click.option("--keep", multiple=True, metavar="GLOB", help="Layers that stay as they are (repeatable)."),
         click.option("--swap", multiple=True, metavar="GLOB", help="Layers that become adders (repeatable)."),
         click.option(
-            "--double",
+            "--copies",
+            type=Copies(),
             multiple=True,
-            metavar="GLOB",
-            help="Adders with two weights per input (repeatable): twice the additions, more exact in narrow layers.",
+            callback=lambda _ctx, _param, values: dict(values),
+            metavar="[GLOB=]K",
+            help="Weights per input of adders, 1 to 4 (repeatable): K times the additions, far closer to the CNN.",
         ),
         click.option(
             "--policy",

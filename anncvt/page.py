@@ -207,6 +207,11 @@ def _latency(facts: dict[str, Any]) -> str:
     return _section("Latency", text, f'<div class="cards">{_card("One call", charts.bars(drawn, "Latency"))}</div>')
 
 
+def _action(layer: dict[str, Any]) -> str:
+    copies = layer.get("copies", 1)
+    return "keep" if layer["action"] != "swap" else "adder" if copies == 1 else f"adder ×{copies}"
+
+
 def _plan(facts: dict[str, Any]) -> str:
     if not facts["plan"]:
         return ""
@@ -215,7 +220,7 @@ def _plan(facts: dict[str, Any]) -> str:
             layer["name"],
             f"{layer['kind']} {'×'.join(map(str, layer['kernel']))}",
             "×".join(map(str, layer["out_shape"][1:])),
-            ("adder ×2" if layer.get("doubled") else "adder") if layer["action"] == "swap" else "keep",
+            _action(layer),
             *(count(layer[key]) for key in ("macs", "adds", "muls")),
             layer["reason"],
         ]

@@ -65,7 +65,7 @@ class LayerPlan:
     muls: int
     bn: str | None = None  # qualified name of the BatchNorm that reads it
     insert_bn: bool = False  # no BatchNorm follows: the adder gets one of its own
-    doubled: bool = False  # the adder compares every input with two weights
+    copies: int = 1  # the adder compares every input with so many weights, at 1, 2, 4, ... times its size
 
     @property
     def swapped(self) -> bool:

@@ -41,7 +41,7 @@ def plan(decided: Plan) -> RenderableType:
             " ".join([layer.kind, "x".join(map(str, layer.kernel))]).strip(),
             "x".join(map(str, layer.out_shape[1:])),
             count(layer.macs),
-            ("[green]adder x2[/]" if layer.doubled else "[green]adder[/]") if layer.swapped else "[dim]keep[/]",
+            f"[green]adder{f' x{layer.copies}' if layer.copies > 1 else ''}[/]" if layer.swapped else "[dim]keep[/]",
             _norm(layer),
             escape(layer.reason),
         )

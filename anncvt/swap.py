@@ -20,7 +20,7 @@ def swap(network: nn.Module, plan: Plan) -> int:
 
     The names in ``state_dict()`` stay; a layer with ``insert_bn`` adds ``NAME.norm.*``. A layer that computes its
     weight from others (weight standardisation, weight norm) becomes an adder of the weight as it is now,
-    ``NAME.weight``, and so does a doubled one, of its weight twice. A module that is registered under several names is
+    ``NAME.weight``, and so does one with several weights per input. A module that is registered under several names is
     replaced once and shared again; layers that share nothing but a weight get one each, because what suits an adder
     depends on its own inputs. Adders that are in place already are left alone.
 
@@ -66,16 +66,14 @@ def _adder(layer: LayerPlan, module: nn.Module) -> _AdderNd:
     from anncvt.nn import AdderLinear, adder_class
 
     if isinstance(module, nn.Linear):
-        return AdderLinear.from_linear(module, norm=layer.insert_bn, doubled=layer.doubled)
+        return AdderLinear.from_linear(module, norm=layer.insert_bn, copies=layer.copies)
     conv = cast("_ConvNd", module)
     try:
         form = form_of(conv)
     except NoForm as reason:
         raise _changed(f"{layer.name} cannot become an adder any more ({reason})") from reason
     weight = nn.Parameter(form.weight.clone()) if form.folded else None
-    adder = adder_class(len(conv.kernel_size)).from_conv(
-        conv, weight=weight, norm=layer.insert_bn, doubled=layer.doubled
-    )
+    adder = adder_class(len(conv.kernel_size)).from_conv(conv, weight=weight, norm=layer.insert_bn, copies=layer.copies)
     adder.same = form.same
     return adder
 

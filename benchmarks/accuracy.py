@@ -43,7 +43,7 @@ def main() -> None:
         options.model, loading = EXAMPLES / "digits_net.safetensors", {"arch": "digits_net:DigitsNet", **DIGITS}
     else:
         loading |= {name: getattr(options, name) for name in ("input_size", "mean", "std")}
-    start = rewrite(anncvt.plan(anncvt.load(options.model, **loading), double=options.double))
+    start = rewrite(anncvt.plan(anncvt.load(options.model, **loading), copies=options.copies))
     read = {"data_dir": options.data_dir, "seed": options.seed}
     if options.held_back:
         train, test = _split(options, start.preprocess)
@@ -89,15 +89,16 @@ def _conversions(options: argparse.Namespace, train: Images, progress: Progress)
         }
         rows.append((f"{layer} steps a layer, {block} a block, {joint} jointly", with_config(replace(base, **stages))))
     if options.ablations:
-        mapped = replace(base.layer, sweeps=0, steps=0)
-        none = replace(base, layer=mapped, block=_off(base.block), joint=_off(base.joint))
+        none = replace(base, layer=_off(base.layer, sweeps=0), block=_off(base.block), joint=_off(base.joint))
         local = replace(base, joint=_off(base.joint))
         layers = replace(local, block=_off(base.block))
         blind = replace(layers, layer=replace(base.layer, activation_weight=0.0))
         rows += [
             ("the CNN's weights copied, statistics taken again", lambda program: _copied(program, train)),
-            ("quantile map alone", with_config(none)),
-            ("map, taps fitted", with_config(replace(layers, layer=_off(base.layer)))),
+            ("quantile map alone", with_config(replace(none, layer=_off(base.layer, sweeps=0, regress=False)))),
+            ("quantile map of a regression", with_config(none)),
+            ("map of the weights, taps fitted", with_config(replace(layers, layer=_off(base.layer, regress=False)))),
+            ("map of a regression, taps fitted", with_config(replace(layers, layer=_off(base.layer)))),
             ("map, layers fitted by gradient", with_config(replace(layers, layer=replace(base.layer, sweeps=0)))),
             ("map, layers fitted by both", with_config(layers)),
             ("the same, error behind the activation not counted", with_config(blind)),
@@ -109,8 +110,8 @@ def _conversions(options: argparse.Namespace, train: Images, progress: Progress)
     return rows
 
 
-def _off(stage: Any) -> Any:
-    return replace(stage, steps=0)
+def _off(stage: Any, **parts: Any) -> Any:
+    return replace(stage, steps=0, **parts)
 
 
 def _split(options: argparse.Namespace, preprocess: Preprocess) -> tuple[Images, Images]:
@@ -149,7 +150,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", type=Path, help="a checkpoint; default: the bundled digits network")
     parser.add_argument("--arch")
     parser.add_argument("--arch-args", action="append", default=[])
-    parser.add_argument("--double", action="append", default=[], metavar="GLOB", help="as for anncvt convert")
+    parser.add_argument("--copies", type=int, metavar="K", help="weights per input of every adder")
     parser.add_argument("--input-size", type=int)
     parser.add_argument("--mean", type=_numbers)
     parser.add_argument("--std", type=_numbers)

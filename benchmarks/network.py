@@ -3,10 +3,10 @@
     python benchmarks/network.py torchvision:resnet50 torchvision:mobilenet_v2 --threads 1
     python benchmarks/network.py torchvision:resnet18 --batch 16 --keep out/networks
     python benchmarks/network.py torchvision:resnet50 --rows native "native, int8" CNN "CNN, int8"
-    python benchmarks/network.py torchvision:mobilenet_v2 --rows "adders, int8" "adders doubled, int8" "CNN, int8"
+    python benchmarks/network.py torchvision:mobilenet_v2 --rows "adders, int8" "adders x2, int8" "CNN, int8"
 
 "adders" are compiled by TVM as a whole; "native" are ONNX files in onnxruntime with the native library, with fused
-adders unless it says "unfused"; "fixed": in 16-bit fixed point; "doubled": every adder has two weights per input.
+adders unless it says "unfused"; "fixed": in 16-bit fixed point; "x2": every adder has two weights per input.
 
 Random weights, BatchNorm statistics of noise, the default plan (in a MobileNetV2 pointwise convolutions become adders,
 depthwise ones stay). Medians of interleaved calls, and the least of them, which other work disturbs less; by the
@@ -48,10 +48,10 @@ ROWS = {
     "adders": "model.so",
     "adders, fixed": "model.fixed.so",
     "adders, int8": "model.int8.so",
-    "adders doubled, int8": "doubled/model.int8.so",
+    "adders x2, int8": "x2/model.int8.so",
     "native": "model.onnx",
     "native, int8": "model.int8.onnx",
-    "native doubled, int8": "doubled/model.int8.onnx",
+    "native x2, int8": "x2/model.int8.onnx",
     "native, fixed": "model.onnx",
     "native unfused": "unfused.onnx",
     "native unfused, fixed": "unfused.onnx",
@@ -92,11 +92,11 @@ def main() -> None:
 def build(name: str, size: int, batch: int, folder: Path, rows: list[str]) -> None:
     """Write what is missing of the files of :data:`ROWS`, and say how long compiling took."""
     wanted = [row for row in rows if not (folder / ROWS[row]).exists()]
-    for doubled in (False, True):
-        here = [row for row in wanted if ("doubled" in row) == doubled]
+    for copies in (1, 2):
+        here = [row for row in wanted if ("x2" in row) == (copies == 2)]
         if not here:
             continue
-        program, place = converted(name, size, doubled), folder / "doubled" if doubled else folder
+        program, place = converted(name, size, copies), folder if copies == 1 else folder / "x2"
         place.mkdir(exist_ok=True)
         program.folder = str(place)
         if any(row.endswith("int8") and not row.startswith("CNN") for row in here):
@@ -125,7 +125,7 @@ def make(program: Program, row: str, path: Path, batch: int) -> None:
     size = program.preprocess.input_size
     if row in ("adders", "adders, fixed"):
         tvm.compile(program, path, batch=batch, fixed=row == "adders, fixed")
-    elif row in ("adders, int8", "adders doubled, int8"):
+    elif row in ("adders, int8", "adders x2, int8"):
         tvm.compile_network(integer_network.load(path.parent), program.preprocess, path, batch=batch)
     elif row.startswith("native"):
         export = onnx.export_integers if row.endswith("int8") else onnx.export
@@ -136,13 +136,13 @@ def make(program: Program, row: str, path: Path, batch: int) -> None:
             quantised(floats, path, size)
 
 
-def converted(name: str, size: int, doubled: bool = False) -> Program:
-    """The adder network of an architecture, with random weights; ``doubled``: two per input of every adder."""
+def converted(name: str, size: int, copies: int = 1) -> Program:
+    """The adder network of an architecture, with random weights; ``copies``: weights per input of its adders."""
     collection, _, model = name.partition(":")
     torch.manual_seed(0)
     network = zoo.build(collection, model, {}).eval()
     loaded = load(network, input_size=size, mean=zoo.IMAGENET_MEAN, std=zoo.IMAGENET_STD)
-    program = rewrite(plan(loaded, Choice.of(double=["*"] if doubled else [])))
+    program = rewrite(plan(loaded, Choice.of(copies=copies)))
     for part in (program.teacher, program.student):
         assert part is not None
         settle(part, noise(program).batch(torch.arange(IMAGES), program.preprocess))
@@ -194,7 +194,7 @@ def report(name: str, times: dict[str, float], batch: int) -> None:
     )
     pairs = [("", ""), (", fixed", ""), (", int8", ", int8"), (", int8", "")]
     named = [(f"{made}{a}", f"CNN{b}") for made in ("adders", "native", "native unfused") for a, b in pairs]
-    named += [(f"{made} doubled, int8", f"{other}, int8") for made in ("adders", "native") for other in (made, "CNN")]
+    named += [(f"{made} x2, int8", f"{other}, int8") for made in ("adders", "native") for other in (made, "CNN")]
     ratios = [f"{a} / {b} {times[a] / times[b]:.3f}" for a, b in named if a in times and b in times]
     print("  " + "; ".join(ratios), flush=True)
 

@@ -20,6 +20,9 @@ POLICIES: dict[str, frozenset[str]] = {
 }
 DEFAULT_POLICY = "no-depthwise"
 _ACTIONS = ("swap", "keep")
+#: Weights per input.
+COPIES = (1, 2, 3, 4)
+_NUMBERS = "choose 1, 2, 3 or 4"
 _WRITE_ONE = "write one with `anncvt plan MODEL --json > plan.json`"
 
 
@@ -27,12 +30,13 @@ _WRITE_ONE = "write one with `anncvt plan MODEL --json > plan.json`"
 class Choice:
     """The user's wishes; ``keep`` wins over ``swap``, both over ``file``, all over ``policy``.
 
-    Of the layers that become adders, those that ``double`` matches (or the file says so of) are doubled.
+    Of the layers that become adders, those that a GLOB of ``copies`` matches (the last one counts) compare every input
+    with so many weights; else what the file says.
     """
 
     keep: tuple[str, ...] = ()
     swap: tuple[str, ...] = ()
-    double: tuple[str, ...] = ()
+    copies: Mapping[str, int] = field(default_factory=dict)  # GLOB -> weights per input
     policy: str = DEFAULT_POLICY
     linear: bool = False  # Linear layers become adders, too
     file: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> the layer's entry in a plan file
@@ -47,25 +51,32 @@ class Choice:
         *,
         keep: Iterable[str] = (),
         swap: Iterable[str] = (),
-        double: Iterable[str] = (),
+        copies: int | Mapping[str, int] | None = None,
         policy: str | None = None,
         linear: bool = False,
         plan_file: str | Path | None = None,
     ) -> Choice:
         """A choice from options; a plan file with Linear layers in it implies ``linear``.
 
+        Args:
+            copies: weights per input, of all adders or by GLOB.
+
         Raises:
-            AnncvtError: no such policy, or the file is not a plan.
+            AnncvtError: no such policy, not such a number, or the file is not a plan.
         """
         file = {} if plan_file is None else read_plan_file(Path(plan_file))
         linear = linear or any(row.get("kind") == "Linear" for row in file.values())
-        return cls(tuple(keep), tuple(swap), tuple(double), policy or DEFAULT_POLICY, linear, file)
+        by_glob = {} if copies is None else {"*": copies} if isinstance(copies, int) else dict(copies)
+        for pattern, number in by_glob.items():
+            if number not in COPIES:
+                raise AnncvtError(f"{number} weights per input for {pattern!r}", fix=_NUMBERS)
+        return cls(tuple(keep), tuple(swap), by_glob, policy or DEFAULT_POLICY, linear, file)
 
     def to_json(self) -> dict[str, Any]:
         """For the history; only what differs from the default."""
         actions = {name: row["action"] for name, row in self.file.items()}
-        found = {"keep": list(self.keep), "swap": list(self.swap), "policy": self.policy}
-        found |= {"double": list(self.double)} if self.double else {}
+        found: dict[str, Any] = {"keep": list(self.keep), "swap": list(self.swap), "policy": self.policy}
+        found |= {"copies": dict(self.copies)} if self.copies else {}
         return found | ({"linear": True} if self.linear else {}) | ({"file": actions} if actions else {})
 
     def check(self, names: Iterable[str], linears: Iterable[str] = ()) -> None:
@@ -79,7 +90,7 @@ class Choice:
             AnncvtError: so it is; close names are listed.
         """
         known = list(names)
-        for flag, patterns in (("--keep", self.keep), ("--swap", self.swap), ("--double", self.double)):
+        for flag, patterns in (("--keep", self.keep), ("--swap", self.swap), ("--copies", self.copies)):
             for pattern in patterns:
                 if fnmatch.filter(known, pattern):
                     continue
@@ -93,10 +104,12 @@ class Choice:
             if name not in known:
                 raise AnncvtError(f"the plan file has a layer {name!r}, the network does not", fix=_close(name, known))
 
-    def doubled(self, name: str) -> tuple[bool, bool]:
-        """Whether the layer, should it become an adder, is to be doubled, and whether just this layer is named."""
-        pattern, in_file = _matching(name, self.double), bool(self.file.get(name, {}).get("doubled"))
-        return pattern is not None or in_file, pattern == name or in_file
+    def copies_of(self, name: str) -> tuple[int, bool]:
+        """The layer's weights per input, should it become an adder, and whether just this layer is named."""
+        pattern = _matching(name, [*self.copies][::-1])
+        if pattern is None:
+            return self.file.get(name, {}).get("copies", 1), name in self.file
+        return self.copies[pattern], pattern == name
 
     def overruled(self, name: str) -> tuple[str, str, bool] | None:
         """``(action, reason, whether just this layer is named)``, where the user decides."""
@@ -134,6 +147,8 @@ def read_plan_file(path: Path) -> dict[str, dict[str, Any]]:
             raise AnncvtError(
                 f"{row['name']}: no action {row.get('action')!r}", where=where, fix='write "action": "swap" or "keep"'
             )
+        if row.get("copies", 1) not in COPIES:
+            raise AnncvtError(f"{row['name']}: {row['copies']!r} copies", where=where, fix=_NUMBERS)
         if row["name"] in layers:
             raise AnncvtError(f"{row['name']} is there twice", where=where, fix="leave one of them")
         layers[row["name"]] = row

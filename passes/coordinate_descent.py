@@ -10,6 +10,7 @@ over all taps costs as much as ``2 G`` convolutions of that shape at these posit
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 #: Candidates per tap, two of them beyond all activations.
@@ -37,8 +38,8 @@ class CoordinateDescent:
     """One adder (a group of it) and the line ``y = scale * (response - its mean) + mean of the targets`` behind it.
 
     Args:
-        weight: ``[O, K, T]``, ``K`` of them per tap and output; starts at the candidates next to it and is changed in
-            place.
+        weight: ``[O, K, T]``, ``K`` of them per tap and output, the k-th for ``2^k`` times the input; starts at the
+            candidates next to it and is changed in place.
         scale: ``[O]``, from the response to the targets, to start with; changed in place.
         taps: the input of every tap at all positions, ``[T, P]``.
         grids: the candidates of every tap, ``[T, G]``.
@@ -54,10 +55,12 @@ class CoordinateDescent:
         #: Per output, what is not worth a change: float32 does not tell it from nothing.
         self._least_gain = 1e-6 * self._targets.square().sum(1)
         #: Indices of candidates, ``[T, O, K]``, and of every tap's candidates the mean response, ``[T, G]``.
-        self._chosen = (weight.permute(2, 0, 1)[..., None] - grids[:, None, None]).abs().argmin(-1)
+        self._sizes = 2.0 ** torch.arange(weight.shape[1], device=weight.device)
+        unsized = (weight / self._sizes[:, None]).permute(2, 0, 1)
+        self._chosen = (unsized[..., None] - grids[:, None, None]).abs().argmin(-1)
         self._means = torch.stack([_responses(*tap).mean(1) for tap in zip(taps, grids, strict=True)])
         for tap, chosen in enumerate(self._chosen):
-            self._missing.addmm_(scale[:, None] * _counts(chosen, grids.shape[1]), self._centred(tap), alpha=-1)
+            self._missing.addmm_(scale[:, None] * self._counts(chosen), self._centred(tap), alpha=-1)
             self._write(tap)
 
     @torch.no_grad()
@@ -69,8 +72,8 @@ class CoordinateDescent:
                 self._fit_scale()
             responses = self._centred(tap)
             gram = responses @ responses.T
-            for copy in range(self._chosen.shape[2]):
-                changed += self._choose(self._chosen[tap, :, copy], responses, gram)
+            for copy, size in enumerate(self._sizes):
+                changed += self._choose(self._chosen[tap, :, copy], size, responses, gram)
             self._write(tap)
         self._fit_scale()
         return changed / self._chosen.numel()
@@ -81,7 +84,7 @@ class CoordinateDescent:
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of the adder's response, ``[O]`` each."""
-        mean = sum(means[chosen].sum(1) for means, chosen in zip(self._means, self._chosen, strict=True))
+        mean = sum(means[chosen] @ self._sizes for means, chosen in zip(self._means, self._chosen, strict=True))
         assert isinstance(mean, Tensor)
         variance = (self._targets - self._missing).var(1) / self.scale.square()
         return mean, torch.where(variance.isfinite(), variance, torch.ones_like(variance))
@@ -90,7 +93,12 @@ class CoordinateDescent:
         return _responses(self.taps[tap], self.grids[tap]).sub_(self._means[tap][:, None])
 
     def _write(self, tap: int) -> None:
-        self.weight[:, :, tap] = self.grids[tap][self._chosen[tap]]
+        self.weight[:, :, tap] = self.grids[tap][self._chosen[tap]] * self._sizes
+
+    def _counts(self, chosen: Tensor) -> Tensor:
+        """``[O, G]``: how much of every candidate's response there is, with those chosen, ``[O, K]``."""
+        counts = torch.zeros(len(chosen), self.grids.shape[1], device=chosen.device)
+        return counts.scatter_add_(1, chosen, self._sizes.expand(chosen.shape))
 
     def _fit_scale(self) -> None:
         """By least squares."""
@@ -99,16 +107,16 @@ class CoordinateDescent:
         self._missing.sub_(share[:, None] * response)
         self.scale *= 1 + share
 
-    def _choose(self, chosen: Tensor, responses: Tensor, gram: Tensor) -> int:
+    def _choose(self, chosen: Tensor, size: Tensor, responses: Tensor, gram: Tensor) -> int:
         """The best candidate of one tap for every output; ``chosen`` ``[O]`` and what is missing follow."""
-        own, scale = gram.diagonal(), self.scale[:, None]
+        own, scale = gram.diagonal(), size * self.scale[:, None]
         distance = own - 2 * gram[chosen] + own[chosen][:, None]  # [O, G], between the responses
         gain = self._missing @ responses.T
         gain = gain - gain.gather(1, chosen[:, None])
         least, best = (scale * (scale * distance - 2 * gain)).min(1)
         rows = ((best != chosen) & (least < -self._least_gain)).nonzero().flatten()
         if len(rows):
-            swap = _counts(best[rows, None], len(own)) - _counts(chosen[rows, None], len(own))
+            swap = F.one_hot(best[rows], len(own)) - F.one_hot(chosen[rows], len(own))
             self._missing.index_add_(0, rows, (scale[rows] * swap) @ responses, alpha=-1)
             chosen[rows] = best[rows]
         return len(rows)
@@ -117,9 +125,3 @@ class CoordinateDescent:
 def _responses(x: Tensor, grid: Tensor) -> Tensor:
     """``[G, P]``."""
     return (x - grid[:, None]).abs_().neg_()
-
-
-def _counts(chosen: Tensor, count: int) -> Tensor:
-    """``[O, count]``: how often each of ``count`` candidates is among those chosen, ``[O, K]``."""
-    ones = torch.ones(chosen.shape, device=chosen.device)
-    return torch.zeros(len(chosen), count, device=chosen.device).scatter_add_(1, chosen, ones)

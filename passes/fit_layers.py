@@ -13,24 +13,30 @@ import torch
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from anncvt.convolution import effective_weight
 from anncvt.passes.examples import Examples, batches, collect
 from anncvt.passes.fit_taps import fit_taps, sweep_cost
 from anncvt.passes.initialise import fit_line, map_weights
 from anncvt.passes.norms import normalised
 from anncvt.passes.objectives import LayerLoss
 from anncvt.passes.pairing import Pair
+from anncvt.passes.places import Places
+from anncvt.passes.regression import regressions
 from anncvt.passes.schedule import cosine, set_rates, steps_within
 from anncvt.passes.surroundings import Sequel, sequel
 from anncvt.passes.walk import Values, Walk
 
 #: Output pixels on which the norm's line and its statistics are taken, and which are computed at once.
 SETTLING = 65536
+#: Places of a regression are so many, or so many per weight if that is more.
+PLACES, PLACES_PER_WEIGHT = 16384, 8
 
 
 @dataclass(frozen=True)
 class LayerFit:
     """How one layer is fitted; the rates measured best before there were blocks (benchmarks/RESULTS.md)."""
 
+    regress: bool = True  # what is mapped: the teacher's weights, or a regression if that is better
     sweeps: int = 4  # of coordinate descent, at most
     sweep_share: float = 0.5  # of a layer's time
     steps: int = 600
@@ -160,11 +166,14 @@ def _fit(
     begin = time.monotonic()
     norm = cast(_BatchNorm, pair.norm)
     some = train.rows(slice(0, _rows(train)))
-    map_weights(pair, some.inputs, generator)
-    with torch.no_grad():
-        fit_line(norm, pair.adder.response(some.inputs, is_padded=True), some.targets)
     loss = LayerLoss(activation, how.activation_weight)
+    _map(pair, some, effective_weight(pair.conv), generator)
     best = _Best(pair, test, loss)
+    if how.regress:
+        for weight in _regressions(pair, train, memory, generator):
+            _map(pair, some, weight, generator)
+            best.judge()
+        best.restore()
     mapped_r2 = best.r2
     sweeps = 0
     if how.sweeps:
@@ -181,6 +190,23 @@ def _fit(
         best.judge()
     best.restore()
     return FittedLayer(best.r2, mapped_r2, _outside(pair, some.inputs), sweeps, steps)
+
+
+@torch.no_grad()
+def _map(pair: Pair, some: Examples, weight: Tensor, generator: torch.Generator) -> None:
+    """Begin with an adder that imitates a convolution."""
+    map_weights(pair, some.inputs, generator, weight)
+    fit_line(cast(_BatchNorm, pair.norm), pair.adder.response(some.inputs, is_padded=True), some.targets)
+
+
+def _regressions(pair: Pair, train: Examples, memory: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Weights of convolutions that fit what arrives in the student."""
+    conv = effective_weight(pair.conv)
+    groups = pair.adder.groups
+    at = Places(pair.adder, train, max(PLACES, PLACES_PER_WEIGHT * conv[0].numel()), memory, generator)
+    prior = conv.detach().reshape(groups, len(conv) // groups, -1)
+    for weight in regressions(at.taps, at.targets, prior, pair.adder.copies):
+        yield weight.reshape_as(conv)
 
 
 def _train(
@@ -276,8 +302,8 @@ def _rows(examples: Examples) -> int:
 
 def _outside(pair: Pair, inputs: Tensor) -> float:
     """Share of the taps whose weight no activation of their channel passes: there the adder is linear."""
-    channels = inputs.transpose(0, 1).flatten(1)
-    low, high = (bound.repeat(2) if pair.adder.doubled else bound for bound in (channels.amin(1), channels.amax(1)))
+    channels = pair.adder.copied(inputs).transpose(0, 1).flatten(1)
+    low, high = channels.amin(1), channels.amax(1)
     groups, per_group = pair.adder.groups, pair.adder.weight.shape[1]
     weight = pair.adder.weight.detach().reshape(
         groups, pair.adder.out_channels // groups, per_group, -1

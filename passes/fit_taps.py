@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from anncvt.nn import _AdderNd
 from anncvt.passes.coordinate_descent import CANDIDATES, CoordinateDescent, candidates
 from anncvt.passes.examples import Examples
 from anncvt.passes.pairing import Pair
+from anncvt.passes.places import Places
 
 #: Values per input channel that the candidates are taken from.
 SAMPLES = 4096
@@ -27,7 +26,7 @@ SETTLED = 0.01
 
 def sweep_cost(pair: Pair) -> float:
     """Time of a sweep, in multiply-adds: of every tap, what is done once takes as long as some 90 outputs."""
-    weight = pair.adder.weight  # [O, C/G (doubled: twice that), *]
+    weight = pair.adder.weight  # [O, copies * C/G, *]
     taps = pair.adder.in_channels // pair.adder.groups * math.prod(weight.shape[2:])
     outputs = len(weight) * weight[0].numel() // taps
     return _places(weight) * 2 * CANDIDATES * taps * (outputs + 90 * pair.adder.groups)
@@ -61,11 +60,12 @@ def fit_taps(
     begin = time.monotonic()
     adder, norm = pair.adder, cast(_BatchNorm, pair.norm)
     assert norm.running_mean is not None and norm.running_var is not None
-    at = _Places(adder, examples, memory, generator)
+    at = Places(adder, examples, _places(adder.weight), memory, generator)
+    grids = candidates(at.channels(SAMPLES)).repeat_interleave(at.each, 0).view(adder.groups, -1, CANDIDATES)
     # A copy where a weight is laid out otherwise (channels_last).
     weight = adder.weight.reshape(adder.groups, adder.out_channels // adder.groups, -1, at.taps.shape[1])
     scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).view(adder.groups, -1)
-    descents = [CoordinateDescent(*group) for group in zip(weight, scale, at.taps, at.grids, at.targets, strict=True)]
+    descents = [CoordinateDescent(*group) for group in zip(weight, scale, at.taps, grids, at.targets, strict=True)]
     done, changed = 0, 1.0
     while done < most and changed >= SETTLED:
         if done and seconds is not None and (time.monotonic() - begin) * (done + 1) > seconds * done:
@@ -80,35 +80,3 @@ def fit_taps(
     norm.weight.copy_(scale.flatten() * (variance + norm.eps).sqrt())
     norm.bias.copy_(torch.cat([descent.mean for descent in descents]))
     return done
-
-
-class _Places:
-    """What arrives at an adder's taps, and what should leave it, at random places of its output; by groups ``G``."""
-
-    taps: Tensor  # [G, T, P], in the order of a flattened weight
-    grids: Tensor  # [G, T, candidates]
-    targets: Tensor  # [G, O, P]
-
-    def __init__(self, adder: _AdderNd, examples: Examples, memory: int, generator: torch.Generator) -> None:
-        self.groups = adder.groups
-        side = examples.targets.shape[2:]
-        taps = adder.in_channels * math.prod(adder.kernel_size)
-        # Of the outputs: targets, the same less their means, what is missing, and two of these at a time.
-        count = min(_places(adder.weight), memory // (4 * (taps + 5 * adder.out_channels)))
-        picked = torch.randperm(len(examples) * math.prod(side), generator=generator)[: max(count, 2)]
-        image, *place = torch.unravel_index(picked, (len(examples), *side))
-        here: tuple[Any, ...] = (image, slice(None), *place)
-        geometry = [*zip(place, adder.stride, adder.dilation, strict=True)]
-        inputs = []
-        for offsets in itertools.product(*(range(size) for size in adder.kernel_size)):
-            start: Any = [p * stride + o * dilation for (p, stride, dilation), o in zip(geometry, offsets, strict=True)]
-            inputs.append(examples.inputs[(image, slice(None), *start)])
-        x = torch.stack(inputs, 2)  # [P, C, kernel]
-        grids = candidates(x.transpose(0, 1).flatten(1)[:, :SAMPLES])
-        self.taps = self._by_group(x.flatten(1))
-        self.grids = grids.repeat_interleave(len(inputs), 0).view(self.groups, -1, grids.shape[1])
-        self.targets = self._by_group(examples.targets[here])
-
-    def _by_group(self, x: Tensor) -> Tensor:
-        """``[P, C]`` as ``[G, C/G, P]``."""
-        return x.T.contiguous().view(self.groups, -1, len(x))

@@ -185,7 +185,7 @@ def _begun(node: fx.Node, view: fx.GraphModule) -> _Chain | None:
     adder = view.get_submodule(str(node.target)) if node.op == "call_module" else None
     if not isinstance(adder, AdderConv2d) or adder.fake is not None or len(node.all_input_nodes) != 1:
         return None
-    if adder.doubled:
+    if adder.copies > 1:
         return None
     weight = adder.weight
     scale = torch.ones(len(weight), dtype=torch.float64, device=weight.device)

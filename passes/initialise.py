@@ -83,13 +83,17 @@ def _targets(teacher: nn.Module, paired: list[Pair], images: Tensor) -> dict[str
 
 
 @torch.no_grad()
-def map_weights(pair: Pair, x: Tensor, generator: torch.Generator) -> None:
-    """Give the adder the quantile-mapped weights of its convolution for inputs distributed like ``x`` ``[N, C, *]``."""
+def map_weights(pair: Pair, x: Tensor, generator: torch.Generator, weight: Tensor | None = None) -> None:
+    """Give the adder quantile-mapped weights for inputs distributed like ``x`` ``[N, C, *]``.
+
+    Args:
+        weight: to map; its convolution's.
+    """
     samples = channels_first(pair.adder, x).transpose(0, 1).flatten(1)
     if samples.shape[1] > SAMPLES:
         samples = samples[:, torch.randperm(samples.shape[1], generator=generator)[:SAMPLES]]
-    weight = effective_weight(pair.conv)
-    pair.adder.weight.copy_(quantile_map(weight, tent_table(samples), pair.adder.groups, doubled=pair.adder.doubled))
+    weight = effective_weight(pair.conv) if weight is None else weight
+    pair.adder.weight.copy_(quantile_map(weight, tent_table(samples), pair.adder.groups, copies=pair.adder.copies))
     if pair.adder.bias is not None:
         pair.adder.bias.zero_()
 

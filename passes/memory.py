@@ -18,12 +18,12 @@ def training_memory(network: nn.Module, input_size: tuple[int, ...], plan: Plan)
     """Bytes of a distillation step: SGD with momentum on the student, a frozen teacher, float32.
 
     Fixed: the student's parameters, gradients and momenta and the teacher's parameters. Per image: what backward needs
-    (the op keeps its input, as a convolution does), the input of every inserted norm, doubled inputs, and the teacher's
-    outputs that the features are compared with. Kernels' scratch space and the data are not counted.
+    (the op keeps its input, as a convolution does), the input of every inserted norm, copies of inputs, and the
+    teacher's outputs that the features are compared with. Kernels' scratch space and the data are not counted.
     """
     parameters = sum(p.numel() * p.element_size() for p in network.parameters())
     outputs = sum(_elements(layer) * (2 if layer.insert_bn else 1) for layer in plan.swapped)
-    outputs += sum(2 * math.prod(layer.in_shape) for layer in plan.swapped if layer.doubled)
+    outputs += sum(layer.copies * math.prod(layer.in_shape) for layer in plan.swapped if layer.copies > 1)
     kept = _kept_for_backward(network, input_size)
     if kept is None:  # its Python wants real data: what the layers read and write, and as much for what lies between
         kept = 2 * 4 * sum(math.prod(layer.in_shape) + _elements(layer) for layer in plan.layers)

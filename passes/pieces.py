@@ -133,11 +133,13 @@ class Fuser:
         self.tensors[node] = piece.name
         return piece
 
-    def twice(self, source: fx.Node) -> str:
-        """The tensor of what ``source`` computes and, behind its channels, the same again; made if it is not there."""
+    def repeated(self, source: fx.Node, times: int) -> str:
+        """The tensor of what ``source`` computes so many times, one behind the other; made if it is not there."""
         tensor, (channels, height, width) = self.tensor(source), self.shape(source)
-        shape = (2 * channels, height, width)
-        return self._extra(Piece(f"{tensor}.twice", "concatenate", (tensor, tensor), shape, source, source))
+        if times == 1:
+            return tensor
+        shape = (times * channels, height, width)
+        return self._extra(Piece(f"{tensor}.x{times}", "concatenate", (tensor,) * times, shape, source, source))
 
     def concatenate(self, node: fx.Node, sources: Sequence[fx.Node]) -> None:
         """The channels of ``sources``, which get one grid; the input, which has that of its pixels, is copied to it."""

@@ -112,7 +112,7 @@ def _adder(fuser: Fuser, node: fx.Node, source: fx.Node, module: _AdderNd) -> No
         window = _window(module, (top, left, bottom, right))
     else:
         raise refused(node, f"is a {type(module).__name__} with padding_mode {module.padding_mode!r}")
-    read = fuser.twice(source) if module.doubled else fuser.tensor(source)
+    read = fuser.repeated(source, module.repeats)
     piece = _layer(fuser, node, source, "adder", module, window)
     piece.inputs = (read,)
     if module.norm is not None:
@@ -144,7 +144,7 @@ def _row(fuser: Fuser, node: fx.Node, source: fx.Node) -> None:
 
 
 def _layer(fuser: Fuser, node: fx.Node, source: fx.Node, op: str, module: Any, window: Window) -> Piece:
-    weight = _double(module.weight)
+    weight = _double(module.repeated_weight() if isinstance(module, _AdderNd) else module.weight)
     weight = weight[:, :, None, None] if weight.ndim == 2 else weight
     shift = torch.zeros(len(weight), dtype=torch.float64) if module.bias is None else _double(module.bias)
     scale = torch.ones(len(weight), dtype=torch.float64)

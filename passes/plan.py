@@ -109,7 +109,7 @@ def decide(network: nn.Module, observation: Observation, traced: Trace, training
         _check_geometry(call, choice.file.get(call.name, {}))
         partner = _partner(call, traced, training, modules)
         settled = _settled(call.name, policy.judge(call, partner), choice)
-        layers.append(_layer(call, *settled, partner, choice.doubled(call.name)))
+        layers.append(_layer(call, *settled, partner, choice.copies_of(call.name)))
     for name, conv in idle.items():
         reason = "runs in training only" if name in training.readers else "does not run at inference"
         layers.append(_unused(name, conv, *_settled(name, Verdict(False, reason, fixed=True), choice)))
@@ -168,14 +168,14 @@ def _partner(call: Call, traced: Trace, training: Trace, modules: Mapping[str, n
     return name if norm.num_features == call.out_shape[1] else None
 
 
-def _layer(call: Call, action: str, reason: str, partner: str | None, double: tuple[bool, bool]) -> LayerPlan:
+def _layer(call: Call, action: str, reason: str, partner: str | None, copies: tuple[int, bool]) -> LayerPlan:
     swapped = action == "swap"
-    doubled = swapped and double[0] and call.groups == 1
-    if swapped and call.groups > 1 and double[1]:
+    if swapped and call.groups > 1 and copies[0] > 1 and copies[1]:
         raise AnncvtError(
-            f"{call.name} cannot be doubled: it has {call.groups} groups",
-            fix='leave out --double for it, or write "doubled": false in the plan file',
+            f"{call.name} cannot have {copies[0]} weights per input: it has {call.groups} groups",
+            fix='leave out --copies for it, or write "copies": 1 in the plan file',
         )
+    number = copies[0] if swapped and call.groups == 1 else 1
     return LayerPlan(
         name=call.name,
         kind=call.kind,
@@ -187,11 +187,11 @@ def _layer(call: Call, action: str, reason: str, partner: str | None, double: tu
         stride=call.stride,
         groups=call.groups,
         macs=call.macs,
-        adds=(4 if doubled else 2 if swapped else 1) * call.macs,
+        adds=(2 * number if swapped else 1) * call.macs,
         muls=0 if swapped else call.macs,
         bn=partner,
         insert_bn=swapped and partner is None,
-        doubled=doubled,
+        copies=number,
     )
 
 

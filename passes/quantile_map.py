@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 #: Scales tried per output channel, as shares of its largest weight. Small: more weights saturate, less residual noise.
-SCALES = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0)
+SCALES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0)
 GRID_POINTS = 257
 
 
@@ -55,45 +55,47 @@ def tent_table(samples: Tensor) -> TentTable:
     return TentTable(w.float(), slope.float(), residual.float(), variance[:, 0].float())
 
 
-def quantile_map(weight: Tensor, table: TentTable, groups: int = 1, *, doubled: bool = False) -> Tensor:
+def quantile_map(weight: Tensor, table: TentTable, groups: int = 1, *, copies: int = 1) -> Tensor:
     """Adder weights for the convolution weights ``weight`` ``[O, C/groups, *kernel]``.
 
-    With ``doubled`` there are two for each, ``[O, 2C, *kernel]``: the first beyond all activations, where it is the
-    line of slope +1 or -1, the second the tent with the rest of the slope. Slopes then reach from -2 to 2; -2, 0 and 2
-    are two lines and leave no residual.
+    With ``copies`` there are so many for each, ``[O, copies * C, *kernel]``, the k-th of the input times ``2^k``: from
+    the largest on they lie beyond all activations, where they are lines of slope ``2^k`` or ``-2^k``, as the digits of
+    a binary number; the first is the tent with the rest of the slope, and all that leaves a residual.
 
     Per output channel the scale ``s`` minimises ``sum_i (v_i - s*slope_i)^2 var_i + s^2 * residual_i``: the signal lost
     where ``v_i / s`` saturates, plus the part of the tents that no line explains.
     """
     flat = weight.detach().reshape(*weight.shape[:2], -1)  # [O, C/g, K]
-    per_group, inputs = weight.shape[0] // groups, flat.shape[1] * (2 if doubled else 1)
+    per_group, inputs = weight.shape[0] // groups, copies * flat.shape[1]
     result = flat.new_empty(flat.shape[0], inputs, flat.shape[2])
     for group in range(groups):
         rows = slice(group * per_group, (group + 1) * per_group)
         channels = slice(group * flat.shape[1], (group + 1) * flat.shape[1])
-        result[rows] = _map_group(flat[rows], table, channels, doubled)
+        result[rows] = _map_group(flat[rows], table, channels, copies)
     return result.view(weight.shape[0], inputs, *weight.shape[2:])
 
 
-def _map_group(v: Tensor, table: TentTable, channels: slice, doubled: bool) -> Tensor:
+def _map_group(v: Tensor, table: TentTable, channels: slice, copies: int) -> Tensor:
     slope, weights = table.slope[channels].contiguous(), table.weights[channels]
     residual, variance = table.residual[channels], table.variance[channels, None, None]
     by_channel = v.transpose(0, 1)  # [C, O, K]
     largest = v.abs().amax((1, 2)).clamp_min(1e-12)
     best_error = torch.full((v.shape[0],), float("inf"), device=v.device)
-    best = v.new_zeros(v.shape[0], v.shape[1] * (2 if doubled else 1), v.shape[2])
+    best = v.new_zeros(v.shape[0], copies * v.shape[1], v.shape[2])
     for share in SCALES:
         scale = (share * largest)[None, :, None]
         wanted = (by_channel / scale).flatten(1)
-        line = torch.where(wanted > 0, 1.0, -1.0) if doubled else torch.zeros_like(wanted)
-        wanted = (wanted - line).clamp(-1, 1)
+        lines: list[Tensor] = []
+        for digit in (float(2**k) for k in range(copies - 1, 0, -1)):
+            lines.insert(0, torch.where(wanted > 0, digit, -digit))
+            wanted = wanted - lines[0]
+        wanted = wanted.clamp(-1, 1)
         at = torch.searchsorted(slope, wanted.contiguous()).clamp_max(slope.shape[1] - 1)
         got, noise, mapped = (t.gather(1, at).view_as(by_channel) for t in (slope, residual, weights))
-        line = line.view_as(by_channel)
-        if doubled:
-            beyond = torch.where(line > 0, weights[:, -1:, None], weights[:, :1, None])
-            mapped = torch.cat([beyond, mapped])
-        error = ((by_channel - scale * (got + line)).square() * variance + scale.square() * noise).sum((0, 2))
+        lines = [line.view_as(by_channel) for line in lines]
+        beyond = [line.abs() * torch.where(line > 0, weights[:, -1:, None], weights[:, :1, None]) for line in lines]
+        mapped = torch.cat([mapped, *beyond])
+        error = ((by_channel - scale * sum(lines, got)).square() * variance + scale.square() * noise).sum((0, 2))
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best = torch.where(better[:, None, None], mapped.transpose(0, 1), best)

@@ -45,4 +45,4 @@ def rewrite(program: Program) -> Program:
 def _is_done(student: nn.Module, plan: Plan) -> bool:
     named = dict(student.named_modules(remove_duplicate=False))
     adders = [(layer, named.get(layer.name)) for layer in plan.swapped]
-    return all(isinstance(adder, _AdderNd) and adder.doubled == layer.doubled for layer, adder in adders)
+    return all(isinstance(adder, _AdderNd) and adder.copies == layer.copies for layer, adder in adders)

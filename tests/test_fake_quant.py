@@ -105,13 +105,13 @@ def test_training_options_without_qat_are_a_mistake(converted):
 
 
 @pytest.mark.parametrize(
-    ("cnn", "groups", "double", "layer"),
-    [(ZeroPadded, 2, [], "conv1"), (Residual, 1, ["*"], "conv1"), (Joined, 1, [], "left.0")],
-    ids=["groups", "doubled", "concatenations"],
+    ("cnn", "groups", "copies", "layer"),
+    [(ZeroPadded, 2, 1, "conv1"), (Residual, 1, 2, "conv1"), (Joined, 1, 1, "left.0")],
+    ids=["groups", "copies", "concatenations"],
 )
-def test_integers_after_training_are_those_that_were_trained_for(cnn, groups, double, layer):
+def test_integers_after_training_are_those_that_were_trained_for(cnn, groups, copies, layer):
     """Grids and groups stay although the weights have moved, and the line is fitted to what was trained."""
-    program = adder_program(cnn(), 8, choice=Choice.of(double=double))
+    program = adder_program(cnn(), 8, choice=Choice.of(copies=copies))
     images = noise(48, (3, 8, 8))
     config = QuantizeConfig(bits=4, groups=groups)
     before = quantize(program, images, config)

@@ -74,11 +74,11 @@ def test_the_citation_comes_along(program):
     assert costs(program, table=FLAT)["table"] == {"name": "flat", "citation": "nobody"}
 
 
-def test_a_doubled_layer_takes_twice_the_additions_and_weights(program):
+def test_copies_of_an_input_take_their_additions_and_weights(program):
     plain = {row.name: row for row in layer_costs(program, "adders-fp32", 8, {})}
-    double = plan(load(Residual(), input_size=8), Choice.of(double=["conv1"]))
+    double = plan(load(Residual(), input_size=8), Choice.of(copies={"conv1": 2}))
     assert costs(double)["networks"]["cnn-fp32"]["adds"] == costs(program)["networks"]["cnn-fp32"]["adds"]
     for row in layer_costs(double, "adders-fp32", 8, {}):
-        macs = next(layer.macs for layer in double.plan.layers if layer.doubled) if row.name == "conv1" else 0
+        macs = next(layer.macs for layer in double.plan.layers if layer.copies == 2) if row.name == "conv1" else 0
         assert row.count("add") == plain[row.name].count("add") + 2 * macs
         assert row.weight_bytes == (2 if macs else 1) * plain[row.name].weight_bytes

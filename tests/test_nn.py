@@ -107,30 +107,40 @@ def test_bad_configurations():
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_a_doubled_layer_is_two_layers_added_up(dims):
+def test_copies_of_the_input_are_layers_added_up(dims):
     torch.manual_seed(0)
-    module = adder_class(dims)(4, 6, 3, padding=1, doubled=True)
+    module = adder_class(dims)(4, 6, 3, padding=1, copies=3)
     x = torch.randn(2, 4, *SIZES[dims])
     expected = torch.zeros(2, 6, *SIZES[dims], dtype=torch.float64)
-    for weight in module.weight.detach().chunk(2, 1):
-        half = adder_class(dims)(4, 6, 3, padding=1)
-        half.weight.data.copy_(weight)
-        expected += by_taps(half, x)
+    for size, weight in zip((1, 2, 4), module.weight.detach().chunk(3, 1), strict=True):
+        plain = adder_class(dims)(4, 6, 3, padding=1)
+        plain.weight.data.copy_(weight)
+        expected += by_taps(plain, size * x)
     torch.testing.assert_close(module(x).double(), expected, rtol=0, atol=2e-6 * expected.abs().max().item())
 
 
-def test_a_doubled_linear_layer():
+def test_copies_of_a_linear_layers_input():
     torch.manual_seed(0)
-    module, x = AdderLinear(5, 3, doubled=True), torch.randn(2, 7, 5)
+    module, x = AdderLinear(5, 3, copies=2), torch.randn(2, 7, 5)
     first, second = module.weight.detach().chunk(2, 1)
-    expected = -((x[..., None, :] - first).abs() + (x[..., None, :] - second).abs()).sum(-1)
+    expected = -((x[..., None, :] - first).abs() + (2 * x[..., None, :] - second).abs()).sum(-1)
     torch.testing.assert_close(module(x).detach(), expected)
 
 
-def test_a_doubled_layer_has_the_convolutions_weight_twice_and_one_group():
+def test_weights_of_plain_copies_do_the_same():
+    torch.manual_seed(0)
+    module, x = AdderConv2d(4, 6, 3, copies=3), torch.randn(2, 4, 7, 7)
+    plain = AdderConv2d(4 * module.repeats, 6, 3)
+    plain.weight = nn.Parameter(module.repeated_weight())
+    torch.testing.assert_close(plain(x.repeat(1, 7, 1, 1)), module(x))
+
+
+def test_several_weights_per_input_begin_as_the_convolutions_and_need_one_group():
     conv = nn.Conv2d(4, 8, 3)
-    adder = AdderConv2d.from_conv(conv, doubled=True)
-    assert torch.equal(adder.weight, torch.cat([conv.weight, conv.weight], 1))
-    assert adder.bias is conv.bias and "doubled" in repr(adder)
+    adder = AdderConv2d.from_conv(conv, copies=2)
+    assert torch.equal(adder.weight, torch.cat([conv.weight, 2 * conv.weight], 1))
+    assert adder.bias is conv.bias and "copies=2" in repr(adder)
     with pytest.raises(ValueError, match="one group, not 2"):
-        AdderConv2d(4, 6, 3, groups=2, doubled=True)
+        AdderConv2d(4, 6, 3, groups=2, copies=2)
+    with pytest.raises(ValueError, match="copies=0"):
+        AdderConv2d(4, 6, 3, copies=0)

@@ -103,7 +103,7 @@ def test_integers_are_compiled_run_and_checked_as_a_whole(converted, picture):
     assert found[0] == found[1] == found[2] and len(found[0][0]["top"]) == 5
 
 
-def test_a_doubled_network_by_the_command_line(tmp_path, picture):
+def test_two_weights_per_input_by_the_command_line(tmp_path, picture):
     """From the CNN to integers that every backend computes alike."""
     pytest.importorskip("tvm")
     from click.testing import CliRunner
@@ -113,11 +113,11 @@ def test_a_doubled_network_by_the_command_line(tmp_path, picture):
         assert shown.exit_code == 0, shown.output
         return json.loads(shown.stdout)
 
-    folder, data = tmp_path / "doubled.ann", ("--calibrate", "digits", "--limit", 64)
+    folder, data = tmp_path / "double.ann", ("--calibrate", "digits", "--limit", 64)
     network = ("--arch", "digits_net:DigitsNet", "--input-size", 16, "--mean", 0.5, "--std", 0.5)
     weights = EXAMPLES / "digits_net.safetensors"
-    answered("convert", weights, *network, *data, "--budget", 1, "--double", "*", "-o", folder)
-    assert any(layer.doubled for layer in anncvt.load(folder).plan.layers)
+    answered("convert", weights, *network, *data, "--budget", 1, "--copies", 2, "-o", folder)
+    assert any(layer.copies == 2 for layer in anncvt.load(folder).plan.layers)
     answered("quantize", folder, *data)
     assert any(step.op == "concatenate" for step in integer_network.load(folder).steps)
     answered("export", folder, "--int8", "--fuse")

@@ -110,23 +110,30 @@ def test_the_history_says_what_was_chosen(tmp_path):
     assert metrics["keep"] == ["stem"] and metrics["policy"] == "paper" and metrics["file"]["depthwise"] == "swap"
 
 
-def test_layers_are_doubled_by_glob_or_file_where_they_become_adders(tmp_path):
-    def doubled(**options):
-        return {name for name, layer in layers(Mobile(), 16, **options).items() if layer.doubled}
+def test_copies_by_glob_or_file_where_layers_become_adders(tmp_path):
+    def copies(**options):
+        return {name: layer.copies for name, layer in layers(Mobile(), 16, **options).items() if layer.copies > 1}
 
-    assert doubled() == set()
-    assert doubled(double=["*"]) == {"expand"}  # not what is kept, nor what has groups
-    assert layers(Mobile(), 16, double=["*"])["expand"].adds == 2 * layers(Mobile(), 16)["expand"].adds
+    assert copies() == {}
+    assert copies(copies=2) == {"expand": 2}  # not what is kept, nor what has groups
+    assert copies(copies={"*": 2, "exp*": 3}) == {"expand": 3} and copies(copies={"exp*": 3, "*": 1}) == {}
+    assert layers(Mobile(), 16, copies=3)["expand"].adds == 3 * layers(Mobile(), 16)["expand"].adds
     file = tmp_path / "plan.json"
-    file.write_text(json.dumps({"layers": [{"name": "expand", "action": "swap", "doubled": True}]}))
-    assert doubled(plan_file=file) == {"expand"}
-    program = plan(load(Mobile(), input_size=16), Choice.of(double=["exp*"]))
-    assert program.history[-1].metrics["double"] == ["exp*"]
+    file.write_text(json.dumps({"layers": [{"name": "expand", "action": "swap", "copies": 2}]}))
+    assert copies(plan_file=file) == {"expand": 2} and copies(plan_file=file, copies=3) == {"expand": 3}
+    program = plan(load(Mobile(), input_size=16), Choice.of(copies={"exp*": 4}))
+    assert program.history[-1].metrics["copies"] == {"exp*": 4}
 
 
-def test_doubling_what_cannot_be_doubled_is_refused():
-    with pytest.raises(AnncvtError, match="grouped cannot be doubled: it has") as error:
-        layers(Mobile(), 16, double=["grouped"])
-    assert "--double" in error.value.fix
-    with pytest.raises(AnncvtError, match="--double 'nothing' matches no layer"):
-        layers(Mobile(), 16, double=["nothing"])
+def test_copies_that_cannot_be_are_refused(tmp_path):
+    with pytest.raises(AnncvtError, match="grouped cannot have 2 weights per input: it has") as error:
+        layers(Mobile(), 16, copies={"grouped": 2})
+    assert "--copies" in error.value.fix
+    with pytest.raises(AnncvtError, match="--copies 'nothing' matches no layer"):
+        layers(Mobile(), 16, copies={"nothing": 2})
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({"layers": [{"name": "expand", "action": "swap", "copies": "many"}]}))
+    for options in ({"copies": 5}, {"copies": {"exp*": 0}}, {"plan_file": file}):
+        with pytest.raises(AnncvtError) as error:
+            layers(Mobile(), 16, **options)
+        assert error.value.fix == "choose 1, 2, 3 or 4"

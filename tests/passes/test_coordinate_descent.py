@@ -19,7 +19,7 @@ def _problem(outputs=5, copies=1, taps=6, positions=400, seed=0):
 
 
 def _response(weight, x):
-    return -(x - weight[..., None]).abs().sum((1, 2))
+    return -sum((2**k * x - weight[:, k, :, None]).abs().sum(1) for k in range(weight.shape[1]))
 
 
 @pytest.mark.parametrize("copies", [1, 2])
@@ -46,7 +46,8 @@ def test_weights_line_and_statistics_belong_together(copies):
     y = scale[:, None] * (response - mean[:, None]) + descent.mean[:, None]
     missed = (targets - y).square().mean() / targets.var()
     assert descent.r2() == pytest.approx(1 - float(missed), abs=1e-4)
-    assert all(torch.isin(weight[:, :, tap], grids[tap]).all() for tap in range(len(grids)))
+    pairs = itertools.product(range(len(grids)), range(copies))
+    assert all(torch.isin(weight[:, copy, tap], 2**copy * grids[tap]).all() for tap, copy in pairs)
 
 
 def test_one_tap_gets_the_best_of_all_candidates():

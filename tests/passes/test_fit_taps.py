@@ -17,7 +17,7 @@ ADDERS = {
     "stride, dilation": lambda: (AdderConv2d(6, 8, 3, stride=2, padding=2, dilation=2), (40, 6, 12, 11)),
     "channels_last": lambda: (AdderConv2d(6, 8, 3).to(memory_format=torch.channels_last), (40, 6, 9, 9)),
     "groups": lambda: (AdderConv2d(6, 9, (3, 1), groups=3), (40, 6, 9, 9)),
-    "doubled": lambda: (AdderConv2d(6, 8, 1, doubled=True), (40, 6, 9, 9)),
+    "copies": lambda: (AdderConv2d(6, 8, 1, copies=3), (40, 6, 9, 9)),
     "1-d": lambda: (AdderConv1d(6, 8, 3, padding=1), (40, 6, 30)),
     "linear": lambda: (AdderLinear(6, 8), (40, 20, 6)),
 }

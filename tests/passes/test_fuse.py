@@ -272,10 +272,10 @@ def test_a_fused_network_compiles():
         torch.testing.assert_close(torch.compile(network, fullgraph=True, backend="aot_eager")(x), expected)
 
 
-def test_doubled_adders_are_left_alone():
+def test_adders_of_several_copies_are_left_alone():
     network = adders(Residual())
     network.conv2 = AdderConv2d.from_conv(
-        nn.Conv2d(*network.conv2.weight.shape[:2], 3, padding=1, bias=False), doubled=True
+        nn.Conv2d(*network.conv2.weight.shape[:2], 3, padding=1, bias=False), copies=2
     )
     result = assert_same(network)
     assert isinstance(result.get_submodule("conv2"), AdderConv2d)

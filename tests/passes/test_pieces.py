@@ -62,10 +62,10 @@ class Preactivated(nn.Module):
         return self.head(x.mean((-1, -2), keepdim=True).flatten(1))
 
 
-@pytest.mark.parametrize("double", [[], ["*"]], ids=["single", "doubled"])
+@pytest.mark.parametrize("copies", [1, 2])
 @pytest.mark.parametrize("cnn", [Residual, ZeroPadded, Inverted, Joined, Shuffled, Preactivated, NormAct])
-def test_pieces_compute_what_the_network_does(cnn, double):
-    program = adder_program(cnn(), 8, choice=Choice.of(double=double))
+def test_pieces_compute_what_the_network_does(cnn, copies):
+    program = adder_program(cnn(), 8, choice=Choice.of(copies=copies))
     pieces = pieces_of(program)
     x = noise(4, (3, 8, 8)).batch(torch.arange(4), program.preprocess)
     with torch.no_grad():
@@ -168,10 +168,10 @@ def test_what_is_concatenated_shares_a_grid():
     assert set(sharing) == set(owners) and {frozenset(group) for group in sharing.values()} == {frozenset(owners)}
 
 
-def test_doubled_adders_of_one_tensor_read_it_twice_in_one_place():
-    pieces = pieces_of(adder_program(Residual(), 8, choice=Choice.of(double=["conv1", "down.0"])))
+def test_adders_of_one_tensor_read_its_copies_in_one_place():
+    pieces = pieces_of(adder_program(Residual(), 8, choice=Choice.of(copies={"conv1": 2, "down.0": 2})))
     assert [piece.op for piece in pieces.order].count("concatenate") == 1
-    twice = pieces["conv1"].inputs[0]
-    assert pieces["down.0"].inputs == (twice,) and pieces[twice].inputs == ("stem", "stem")
-    assert pieces[twice].shape == (8, 8, 8) and pieces["conv1"].weight.shape == (8, 8, 3, 3)
-    assert pieces.owners(twice) == ("stem",) and pieces["conv2"].inputs == ("conv1",)
+    copies = pieces["conv1"].inputs[0]
+    assert pieces["down.0"].inputs == (copies,) and pieces[copies].inputs == ("stem",) * 3
+    assert pieces[copies].shape == (12, 8, 8) and pieces["conv1"].weight.shape == (8, 12, 3, 3)
+    assert pieces.owners(copies) == ("stem",) and pieces["conv2"].inputs == ("conv1",)

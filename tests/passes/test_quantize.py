@@ -167,8 +167,8 @@ def test_linear_adders(config):
 
 @pytest.mark.parametrize("cnn", [Residual, Inverted, Classifier])
 @pytest.mark.parametrize(("config", "least"), [(QuantizeConfig(), 0.995), (QuantizeConfig(bits=6, groups=2), 0.97)])
-def test_doubled_adders(cnn, config, least):
-    assert agreement(adder_program(cnn(), 8, choice=Choice.of(double=["*"], linear=True)), config) > least
+def test_several_weights_per_input(cnn, config, least):
+    assert agreement(adder_program(cnn(), 8, choice=Choice.of(copies=2, linear=True)), config) > least
 
 
 def test_linear_adders_over_more_than_rows_are_refused():

@@ -48,10 +48,10 @@ def test_both_backends(folder, tmp_path):
 
 
 @needs_tvm
-def test_doubled_adders_in_both_backends(tmp_path):
+def test_several_weights_per_input_in_both_backends(tmp_path):
     from anncvt.runtime import tvm
 
-    program = tiny_program(tmp_path, doubled=True)
+    program = tiny_program(tmp_path, copies=3)
     onnx.export(program, tmp_path / "model.onnx")
     result = check(program, tiny_images(), so_path=tvm.compile(program, tmp_path / "model.so"))
     assert result["ok"] and set(result["backends"]) == {"onnxruntime", "tvm"}

@@ -23,14 +23,15 @@ CONFIGS = {
     "inverted": (Inverted, QuantizeConfig(bits=6, groups=2)),
     "concatenations": (Joined, QuantizeConfig(bits=5)),
     "shuffled channels": (Shuffled, QuantizeConfig()),
-    "doubled": (Residual, QuantizeConfig(), "*"),
+    "two weights per input": (Residual, QuantizeConfig(), 2),
 }
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def network(request):
-    cnn, config, *double = CONFIGS[request.param]
-    return quantize(adder_program(cnn(), 8, choice=Choice.of(double=double)), noise(32, (3, 8, 8)), config)
+    cnn, config, *copies = CONFIGS[request.param]
+    program = adder_program(cnn(), 8, choice=Choice.of(copies=copies[0] if copies else 1))
+    return quantize(program, noise(32, (3, 8, 8)), config)
 
 
 @pytest.fixture(scope="module")

@@ -40,16 +40,16 @@ CASES = {
     "filter groups, 4 bits": (ZeroPadded, QuantizeConfig(bits=4, groups=3)),
     "concatenations": (Joined, QuantizeConfig()),
     "shuffled channels": (Shuffled, QuantizeConfig()),
-    "doubled, 6 bits": (Inverted, QuantizeConfig(bits=6), "*"),
-    "doubled, whole blocks": (functools.partial(Residual, 16), QuantizeConfig(), "*"),
+    "two weights per input, 6 bits": (Inverted, QuantizeConfig(bits=6), 2),
+    "three weights per input, whole blocks": (functools.partial(Residual, 16), QuantizeConfig(), 3),
 }
 
 
 @pytest.fixture(scope="module", params=CASES)
 def program(request, tmp_path_factory):
     """A program in a folder that has integers."""
-    cnn, config, *double = CASES[request.param]
-    made = adder_program(cnn(), 8, choice=Choice.of(double=double))
+    cnn, config, *copies = CASES[request.param]
+    made = adder_program(cnn(), 8, choice=Choice.of(copies=copies[0] if copies else 1))
     made.folder = str(tmp_path_factory.mktemp("quantized"))
     integer_network.save(quantize(made, noise(16, SIZE), config), made.folder)
     return made

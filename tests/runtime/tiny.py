@@ -15,7 +15,7 @@ SIZE = (3, 8, 8)
 CLASSES = 4
 
 
-def tiny_program(folder=None, *, doubled=False):
+def tiny_program(folder=None, *, copies=1):
     torch.manual_seed(0)
     teacher = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1),
@@ -28,7 +28,7 @@ def tiny_program(folder=None, *, doubled=False):
         nn.Linear(8, CLASSES),
     )
     student = copy.deepcopy(teacher)
-    student[2] = AdderConv2d.from_conv(student[2], doubled=doubled)
+    student[2] = AdderConv2d.from_conv(student[2], copies=copies)
     for network in (teacher, student):
         network[3].momentum = None
         network.train()

@@ -42,19 +42,19 @@ def equal(network: IntegerNetwork, pixels: np.ndarray, folder: Path) -> runtime.
 
 
 @pytest.mark.parametrize(
-    ("cnn", "config", "double"),
+    ("cnn", "config", "copies"),
     [
-        (Residual, QuantizeConfig(bits=5, groups=2), []),
-        (ZeroPadded, QuantizeConfig(bits=4), []),
-        (Inverted, QuantizeConfig(), []),
-        (Joined, QuantizeConfig(bits=6), []),
-        (Shuffled, QuantizeConfig(), []),
-        (Inverted, QuantizeConfig(), ["*"]),
-        (functools.partial(Residual, 16), QuantizeConfig(bits=6), ["*"]),
+        (Residual, QuantizeConfig(bits=5, groups=2), 1),
+        (ZeroPadded, QuantizeConfig(bits=4), 1),
+        (Inverted, QuantizeConfig(), 1),
+        (Joined, QuantizeConfig(bits=6), 1),
+        (Shuffled, QuantizeConfig(), 1),
+        (Inverted, QuantizeConfig(), 2),
+        (functools.partial(Residual, 16), QuantizeConfig(bits=6), 2),
     ],
 )
-def test_quantized_networks(cnn, config, double, tmp_path):
-    program = adder_program(cnn(), 8, choice=Choice.of(double=double))
+def test_quantized_networks(cnn, config, copies, tmp_path):
+    program = adder_program(cnn(), 8, choice=Choice.of(copies=copies))
     network = quantize(program, noise(16, (3, 8, 8)), config)
     model = equal(network, noise(7, (3, 8, 8), 1).pixels.numpy(), tmp_path)
     assert model.manifest["input"] == {"name": "pixels", "shape": ["batch", 3, 8, 8], "dtype": "uint8"}

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 MEMORY = 4 << 30
 #: Of the time, what is left to take statistics again where there is no end-to-end training.
 SETTLING = 0.03
+#: A last block that explains less of its output is worth a word.
+LITTLE = 0.5
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def calibrate(
             )
             if graph is not None:
                 local = LocalFit(graph, teacher, student, paired, own, draw.plain, memory, config.layer, config.block)
-                local.layers, local.blocks = state.layers, state.blocks
+                local.layers, local.kept, local.blocks = state.layers, state.kept, state.blocks
                 shares = (config.layer_share, config.block_share)
                 within = None
                 if deadline is not None:
@@ -146,11 +148,17 @@ def calibrate(
         raise
     finally:
         student.eval()
+    if state.blocks and state.blocks[-1].get("r2", 1.0) < LITTLE:
+        progress.note(
+            f"the last block of layers explains {max(state.blocks[-1]['r2'], 0):.0%} of the CNN's values: more weights "
+            "per input (--copies), more images (--limit) or more time (--budget) bring the network closer"
+        )
     metrics = {
         "data": images.name,
         "images": len(images),
         "budget": budget,
         "layers": {name: _rounded(row) for name, row in state.layers.items()},
+        "kept": {name: _rounded(row) for name, row in state.kept.items()},
         "blocks": [_rounded(row) for row in state.blocks],
         "final_r2": {name: round(r2, 4) for name, r2 in last.items()},
         "joint_steps": state.joint.steps or 0,

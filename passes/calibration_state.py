@@ -35,6 +35,7 @@ class CalibrationState:
         self.student, self.generator, self.folder = student, generator, folder
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self.layers: dict[str, dict[str, Any]] = {}
+        self.kept: dict[str, dict[str, Any]] = {}
         self.blocks: list[dict[str, Any]] = []
         self.joint, self.logits = StageState(), StageState()
         #: Of the student before these stages, its weights and its loss.
@@ -52,6 +53,7 @@ class CalibrationState:
             "student": self.student.state_dict(),
             "generator": self.generator.get_state(),
             "layers": self.layers,
+            "kept": self.kept,
             "blocks": self.blocks,
             "joint": vars(self.joint),
             "logits": vars(self.logits),
@@ -77,7 +79,7 @@ class CalibrationState:
             if not changed:
                 self.student.load_state_dict(state["student"])
                 self.generator.set_state(state["generator"])
-                self.layers, self.blocks = state["layers"], state["blocks"]
+                self.layers, self.kept, self.blocks = state["layers"], state["kept"], state["blocks"]
                 self.joint, self.logits = StageState(**state["joint"]), StageState(**state["logits"])
                 self.fitted, self.seconds = state["fitted"], state["seconds"]
         except Exception as error:  # a file that is no checkpoint fails in as many ways as there are formats

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,28 +15,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from anncvt.convolution import effective_weight
 from anncvt.passes.examples import Examples, batches, collect
+from anncvt.passes.fit_kept import FittedKept, fit_kept
 from anncvt.passes.fit_taps import fit_taps, sweep_cost
 from anncvt.passes.initialise import fit_line, map_weights
 from anncvt.passes.norms import normalised
 from anncvt.passes.objectives import LayerLoss
 from anncvt.passes.pairing import Pair
-from anncvt.passes.places import Places
-from anncvt.passes.regression import regressions
+from anncvt.passes.regression import of_adders, regressions
 from anncvt.passes.schedule import cosine, set_rates, steps_within
 from anncvt.passes.surroundings import Sequel, sequel
 from anncvt.passes.walk import Values, Walk
 
 #: Output pixels on which the norm's line and its statistics are taken, and which are computed at once.
 SETTLING = 65536
-#: Places of a regression are so many, or so many per weight if that is more.
-PLACES, PLACES_PER_WEIGHT = 16384, 8
 
 
 @dataclass(frozen=True)
 class LayerFit:
     """How one layer is fitted; the rates measured best before there were blocks (benchmarks/RESULTS.md)."""
 
-    regress: bool = True  # what is mapped: the teacher's weights, or a regression if that is better
+    regress: bool = True  # kept layers; and what is mapped, instead of the teacher's weights, where that is better
     sweeps: int = 4  # of coordinate descent, at most
     sweep_share: float = 0.5  # of a layer's time
     steps: int = 600
@@ -68,7 +66,8 @@ def fit_layers(
     generator: torch.Generator,
     seconds: Callable[[str], float | None] = lambda name: None,
     on_step: Callable[[str, float], None] = lambda name, r2: None,
-) -> Iterator[tuple[str, FittedLayer]]:
+    kept: Container[str] = (),
+) -> Iterator[tuple[str, FittedLayer | FittedKept]]:
     """Walk both networks; at every adder, map its weights from the input that really arrives and fit them.
 
     The input is the student's own, so a layer learns to live with the errors of the ones before it. Where its output is
@@ -84,19 +83,23 @@ def fit_layers(
         generator: of the order of the images.
         seconds: time for a layer, by name; the number of steps follows from it. ``None``: ``how.steps``.
         on_step: called with the layer's name and R^2 after every step.
+        kept: names of layers that stay what they are and are fitted when their turn comes.
 
     Yields:
         Name and result of each layer that the graph reaches, in order.
     """
     todo = {pair.name: pair for pair in paired}
     for node in graph.nodes:
-        pair = todo.pop(str(node.target), None) if node.op == "call_module" else None
-        if pair is not None:
-            count = chunks(pair.name)
-            yield (
-                pair.name,
-                _fit_at(walk, node, pair, count, sum(images[:count]), how, seconds(pair.name), generator, on_step),
-            )
+        name = str(node.target) if node.op == "call_module" else ""
+        pair = todo.pop(name, None)
+        if pair is None and name not in kept:
+            continue
+        count = chunks(name)
+        of = sum(images[:count])
+        if pair is None:
+            yield name, fit_kept(walk, node, count, of, generator)
+        else:
+            yield name, _fit_at(walk, node, pair, count, of, how, seconds(name), generator, on_step)
 
 
 def step_cost(pair: Pair) -> float:
@@ -170,8 +173,9 @@ def _fit(
     _map(pair, some, effective_weight(pair.conv), generator)
     best = _Best(pair, test, loss)
     if how.regress:
-        for weight in _regressions(pair, train, memory, generator):
-            _map(pair, some, weight, generator)
+        penalties = of_adders(pair.adder.copies)
+        for found, _ in regressions(pair.adder, train, effective_weight(pair.conv), penalties, memory, generator):
+            _map(pair, some, found, generator)
             best.judge()
         best.restore()
     mapped_r2 = best.r2
@@ -197,16 +201,6 @@ def _map(pair: Pair, some: Examples, weight: Tensor, generator: torch.Generator)
     """Begin with an adder that imitates a convolution."""
     map_weights(pair, some.inputs, generator, weight)
     fit_line(cast(_BatchNorm, pair.norm), pair.adder.response(some.inputs, is_padded=True), some.targets)
-
-
-def _regressions(pair: Pair, train: Examples, memory: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Weights of convolutions that fit what arrives in the student."""
-    conv = effective_weight(pair.conv)
-    groups = pair.adder.groups
-    at = Places(pair.adder, train, max(PLACES, PLACES_PER_WEIGHT * conv[0].numel()), memory, generator)
-    prior = conv.detach().reshape(groups, len(conv) // groups, -1)
-    for weight in regressions(at.taps, at.targets, prior, pair.adder.copies):
-        yield weight.reshape_as(conv)
 
 
 def _train(

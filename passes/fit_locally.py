@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from anncvt.passes.blocks import Block, find_blocks, shapes_of
 from anncvt.passes.examples import POSITIONS
 from anncvt.passes.fit_blocks import BlockFit, fit_block
+from anncvt.passes.fit_kept import FittedKept, kept_layers
 from anncvt.passes.fit_layers import LayerFit, fit_layers, layer_cost, step_cost
 from anncvt.passes.mixing import BlockExamples
 from anncvt.passes.pairing import Pair
@@ -29,7 +30,7 @@ IMAGES = 256
 
 
 class LocalFit:
-    """Fits what the graph reaches; ``layers`` and ``blocks`` say what is done and may come from an earlier run.
+    """Fits what the graph reaches; ``layers``, ``kept``, ``blocks`` say what is done and may come from an earlier run.
 
     Args:
         teacher, student: in eval mode.
@@ -58,8 +59,11 @@ class LocalFit:
         self.paired = [pair for pair in paired if pair.name in reached]
         self.blocks_found = find_blocks(graph, self.paired, shapes, block.layers)
         self.inside = {pair.name for found in self.blocks_found for pair in found.paired}
+        self.kept_found = kept_layers(graph, student, {pair.name for pair in self.paired}) if layer.regress else {}
         computed = {str(node.target): math.prod(shape) for node, shape in shapes.items() if node.op == "call_module"}
         self.pixels = {pair.name: computed[pair.name] // pair.adder.out_channels for pair in self.paired}
+        for name in self.kept_found:
+            self.pixels[name] = computed[name] // len(student.get_parameter(f"{name}.weight"))
         self.order = order[: _images(self.blocks_found, shapes, len(order), memory)]
         chunk = max(2, min(256, memory // (16 * 4 * max(map(math.prod, shapes.values())))))
         self.parts = self.order.split(chunk)
@@ -67,6 +71,7 @@ class LocalFit:
         self.walk = Walk(graph, teacher, student, chunks, memory // SHARE)
         self.layers: dict[str, dict[str, Any]] = {}
         self.blocks: list[dict[str, Any]] = []
+        self.kept: dict[str, dict[str, Any]] = {}
 
     def run(
         self,
@@ -96,14 +101,22 @@ class LocalFit:
                 for _ in self.walk.after(block.start, count):
                     pass
                 mark = self.walk.mark()
-                self._layers(list(block.paired), self.begun, clock, generator, on_done, task)
+                inside = {str(node.target) for node in block.nodes} & set(self.kept_found)
+                self._layers(list(block.paired), inside, self.begun, clock, generator, on_done, task)
                 self._block(f"block {at + 1}", block, mark, clock, generator, task)
                 on_done()
             rest = [pair for pair in self.paired if pair.name not in self.inside]
-            self._layers(rest, self.layer, clock, generator, on_done, task)
+            self._layers(rest, set(self.kept_found), self.layer, clock, generator, on_done, task)
 
     def _layers(
-        self, paired: list[Pair], how: LayerFit, clock: Shares, generator: torch.Generator, on_done: Any, task: Any
+        self,
+        paired: list[Pair],
+        kept: set[str],
+        how: LayerFit,
+        clock: Shares,
+        generator: torch.Generator,
+        on_done: Any,
+        task: Any,
     ) -> None:
         todo = [pair for pair in paired if pair.name not in self.layers]
         results = fit_layers(
@@ -116,10 +129,12 @@ class LocalFit:
             generator,
             clock.take,
             lambda name, r2: task.advance(0, layer=name, r2=r2),
+            kept - set(self.kept),
         )
         for name, result in results:
-            self.layers[name] = asdict(result)
-            task.advance(1, layer=name, r2=result.r2)
+            done = self.kept if isinstance(result, FittedKept) else self.layers
+            done[name] = asdict(result)
+            task.advance(int(done is self.layers), layer=name, r2=result.r2)
             on_done()
 
     def _block(self, name: str, block: Block, mark: Mark, clock: Shares, generator: torch.Generator, task: Any) -> None:

@@ -1,8 +1,8 @@
-"""The convolution that an adder is to imitate: a ridge regression of what should leave it on what arrives.
+"""Convolutions that fit what arrives in the student: ridge regressions of what should leave a layer on its input.
 
 The teacher's weights are the best for the teacher's input. What arrives in the student has errors, which differ from
-channel to channel, and an adder's own remainders add noise to every tap, in proportion to its weight. With ``C`` the
-covariance of the taps, ``D`` its diagonal and ``rho`` the share of a tap that its tents do not express, the expected
+channel to channel, and an adder that imitates a convolution adds noise to every tap, in proportion to its weight. With
+``C`` the covariance of the taps, ``D`` its diagonal and ``rho`` the share of a tap that no tent expresses, the expected
 error
 
     |z - W x|^2 + rho sum_t W_t^2 D_t
@@ -13,39 +13,62 @@ their remainders average out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from anncvt.nn import _AdderNd
+from anncvt.passes.examples import Examples
+from anncvt.passes.places import Places
+
+#: Places are so many, or so many per weight of an output if that is more.
+PLACES, PLACES_PER_WEIGHT = 16384, 8
 #: Share of a tap's variance that the best tents leave, by weights per input (benchmarks/taps.py, normal inputs).
 REMAINDERS = (0.28, 0.09, 0.027, 0.007)
-#: Penalty on weights, in units of the remainder's share, and on what they differ from the teacher's: where places are
-#: few, those are the better guess. Which is best is left to examples that are held back.
-PENALTIES = ((3.0, 0.0), (10.0, 0.0), (1.0, 0.3), (1.0, 1.0))
+#: Of layers that stay what they are: where places are few, the teacher's weights are the better guess.
+KEPT = ((0.0, 0.02), (0.0, 0.3), (0.0, 3.0))
 #: Variances count as so much of their mean, at least: a channel that never varies says nothing.
 LEAST_VARIANCE = 1e-3
 
+#: On weights, and on what they differ from the teacher's; both in units of ``D``.
+Penalty = tuple[float, float]
+
+
+def of_adders(copies: int) -> tuple[Penalty, ...]:
+    """Penalties worth a try for an adder with so many weights per input."""
+    rho = REMAINDERS[copies - 1]
+    return (3 * rho, 0.0), (10 * rho, 0.0), (rho, 0.3), (rho, 1.0)
+
 
 @torch.no_grad()
-def regressions(taps: Tensor, targets: Tensor, prior: Tensor, copies: int) -> Iterator[Tensor]:
-    """A regression ``[G, O, T]`` for each of :data:`PENALTIES`.
+def regressions(
+    layer: _AdderNd,
+    examples: Examples,
+    weight: Tensor,
+    penalties: Sequence[Penalty],
+    memory: int,
+    generator: torch.Generator,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Weight and bias ``[O]`` of a convolution for each of ``penalties``.
 
     Args:
-        taps: the input of every tap at all places, ``[G, T, P]``.
-        targets: ``[G, O, P]``.
-        prior: the teacher's weights, ``[G, O, T]``, up to a factor per output.
-        copies: weights per input of the adder.
+        layer: says how taps lie in the input.
+        weight: the teacher's, ``[O, C/groups, *kernel]``; up to a factor per output, it is what penalties pull to.
+        memory: bytes for inputs and outputs at the places.
+        generator: of the places.
     """
-    x, z = (values - values.mean(2, keepdim=True) for values in (taps, targets))
+    at = Places(layer, examples, max(PLACES, PLACES_PER_WEIGHT * weight[0].numel()), memory, generator)
+    middle, goal = (values.mean(2, keepdim=True) for values in (at.taps, at.targets))
+    x, z = at.taps - middle, at.targets - goal
     covariance, cross = ((values @ x.transpose(1, 2)).double() / x.shape[2] for values in (x, z))
-    prior = prior.double()
+    prior = weight.detach().reshape(layer.groups, len(weight) // layer.groups, -1).double()
     along, square = (prior * cross).sum(2, keepdim=True), ((prior @ covariance) * prior).sum(2, keepdim=True)
     prior = prior * along / square.clamp_min(1e-12)
     variance = covariance.diagonal(dim1=1, dim2=2)
     variance = variance.clamp_min(LEAST_VARIANCE * float(variance.mean()) + 1e-12)
-    for shrink, pull in PENALTIES:
-        penalty = shrink * REMAINDERS[copies - 1] + pull
+    for shrink, pull in penalties:
         wanted = cross + pull * prior * variance[:, None]
-        found = torch.linalg.solve(covariance + torch.diag_embed(penalty * variance), wanted.transpose(1, 2))
-        yield found.transpose(1, 2).float()
+        penalised = covariance + torch.diag_embed((shrink + pull) * variance)
+        found = torch.linalg.solve(penalised, wanted.transpose(1, 2)).transpose(1, 2).float()
+        yield found.reshape_as(weight), (goal - found @ middle).flatten()

@@ -80,12 +80,12 @@ def test_the_student_comes_close_to_the_teacher(network):
 
 def test_each_stage_improves_on_the_map():
     distances = []
-    stages = torch.eye(5, dtype=torch.int)
-    for sweeps, layer, block, joint, logits in [(0,) * 5, *(stages * torch.tensor([4, 60, 60, 60, 60])).tolist()]:
+    stages = torch.eye(6, dtype=torch.int) * torch.tensor([1, 4, 60, 60, 60, 60])
+    for regress, sweeps, layer, block, joint, logits in [(0,) * 6, *stages.tolist()]:
         program = _program(Residual())
         # A network as small as this one stands higher rates than the defaults, and needs them in so few steps.
         config = CalibrationConfig(
-            LayerFit(sweeps=sweeps, steps=layer, positions=1024),
+            LayerFit(bool(regress), sweeps, steps=layer, positions=1024),
             BlockFit(steps=block, positions=1024, weight_lr=0.05, norm_lr=0.01),
             # Not mirrored: the distance is measured on these very images.
             JointFit(steps=joint, batch_size=16, lr=1e-3, weight_lr=0.01, mirror=False),

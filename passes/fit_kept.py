@@ -112,6 +112,6 @@ def _score(shape: _AdderNd, examples: Examples, weight: Tensor, bias: Tensor) ->
         convolution = _CONVOLUTIONS[shape.ndim - 1]
         y = convolution(examples.inputs, weight, bias, shape.stride, 0, shape.dilation, shape.groups)
     over = [d for d in range(y.dim()) if d != 1]
-    missed, whole = (y - examples.targets).square().mean(over), examples.targets.var(over)
+    missed, whole = (y - examples.targets).square().mean(over), examples.targets.var(over, correction=0)
     alive = whole > 1e-12
     return float((1 - missed[alive] / whole[alive]).mean()) if bool(alive.any()) else 1.0

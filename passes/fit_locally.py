@@ -91,9 +91,9 @@ class LocalFit:
         """
         clock = Shares(self._weights(*shares), deadline)
         blocks = self.blocks_found
-        total = len(self.paired) + len(blocks)
+        total = len(self.paired) + len(self.kept_found) + len(blocks)
         with progress.task("fit layers and blocks", total) as task:
-            task.advance(len(self.layers) + len(self.blocks))
+            task.advance(len(self.layers) + len(self.kept) + len(self.blocks))
             for at, block in enumerate(blocks):
                 if at < len(self.blocks):
                     continue
@@ -134,7 +134,7 @@ class LocalFit:
         for name, result in results:
             done = self.kept if isinstance(result, FittedKept) else self.layers
             done[name] = asdict(result)
-            task.advance(int(done is self.layers), layer=name, r2=result.r2)
+            task.advance(1, layer=name, r2=result.r2)
             on_done()
 
     def _block(self, name: str, block: Block, mark: Mark, clock: Shares, generator: torch.Generator, task: Any) -> None:

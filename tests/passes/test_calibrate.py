@@ -274,7 +274,7 @@ def test_progress_names_layers_and_their_fit():
     recorder, program = Recorder(), _program(Residual())
     calibrate(program, _images(), config=QUICK, progress=recorder)
     shown = {metrics["layer"] for _, metrics in recorder.steps if "layer" in metrics}
-    assert shown == {*(pair.name for pair in pairs(program)), "block 1"}
+    assert shown == {*(pair.name for pair in pairs(program)), *program.history[-1].metrics["kept"], "block 1"}
     assert recorder.done == len(shown) + QUICK.joint.steps + QUICK.logits.steps
 
 

@@ -27,7 +27,16 @@ def training_memory(network: nn.Module, input_size: tuple[int, ...], plan: Plan)
     kept = _kept_for_backward(network, input_size)
     if kept is None:  # its Python wants real data: what the layers read and write, and as much for what lies between
         kept = 2 * 4 * sum(math.prod(layer.in_shape) + _elements(layer) for layer in plan.layers)
-    return TrainingMemory(4 * parameters, kept + 4 * outputs)
+    return TrainingMemory(4 * parameters + 3 * 4 * _more_weights(plan), kept + 4 * outputs)
+
+
+def _more_weights(plan: Plan) -> int:
+    """What the student has and the teacher has not: further weights per input, and norms."""
+    more = 0
+    for layer in plan.swapped:
+        taps = layer.in_shape[1] // layer.groups * math.prod(layer.kernel)
+        more += layer.out_shape[1] * ((layer.copies - 1) * taps + (2 if layer.insert_bn else 0))
+    return more
 
 
 def _elements(layer: LayerPlan) -> int:

@@ -4,6 +4,7 @@ from networks import Mobile, Residual
 from torch import nn
 
 from anncvt.loading import load
+from anncvt.passes.choice import Choice
 from anncvt.passes.plan import plan
 from anncvt.passes.rewrite import rewrite
 
@@ -24,14 +25,15 @@ def kept_in_a_real_step(network, size, batch):
     return sum(size for _, size in held.values()) / batch
 
 
-@pytest.mark.parametrize(("network", "size"), [(Residual, 32), (Mobile, 64)])
-def test_the_estimate_is_close_to_a_real_step(network, size):
-    program = rewrite(plan(load(network(), input_size=size)))
+@pytest.mark.parametrize(("network", "size", "copies"), [(Residual, 32, 1), (Mobile, 64, 1), (Residual, 32, 3)])
+def test_the_estimate_is_close_to_a_real_step(network, size, copies):
+    program = rewrite(plan(load(network(), input_size=size), Choice.of(copies=copies)))
     memory = program.plan.memory
     real = kept_in_a_real_step(program.student, program.preprocess.input_size, 8)
     features = sum(4 * torch.Size(layer.out_shape).numel() for layer in program.plan.swapped)
     assert memory.per_image - features == pytest.approx(real, rel=0.25)
-    assert memory.fixed == 4 * 4 * sum(p.numel() for p in program.teacher.parameters())
+    teacher, student = (sum(p.numel() for p in net.parameters()) for net in (program.teacher, program.student))
+    assert memory.fixed == 4 * (teacher + 3 * student)
 
 
 def test_networks_that_need_real_data_are_estimated_from_their_layers():

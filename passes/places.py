@@ -18,8 +18,8 @@ class Places:
 
     Args:
         count: places ``P``, at most.
-        memory: bytes for both, and for four more of the size of the targets: less their means, what a fit misses yet,
-            two at a time of what it tries.
+        memory: bytes for both, once more for the taps less their means, and for four more of the size of the targets:
+            less their means, what a fit misses yet, two at a time of what it tries.
         generator: of the places.
     """
 
@@ -30,7 +30,7 @@ class Places:
         side = examples.targets.shape[2:]
         #: Taps that share an input channel.
         self.each = math.prod(adder.kernel_size)
-        count = min(count, memory // (4 * (adder.in_channels * self.each + 5 * adder.out_channels)))
+        count = min(count, memory // (4 * (2 * adder.in_channels * self.each + 5 * adder.out_channels)))
         picked = torch.randperm(len(examples) * math.prod(side), generator=generator)[: max(count, 2)]
         image, *place = torch.unravel_index(picked, (len(examples), *side))
         here: tuple[Any, ...] = (image, slice(None), *place)

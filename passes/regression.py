@@ -28,6 +28,8 @@ PLACES, PLACES_PER_WEIGHT = 16384, 8
 REMAINDERS = (0.28, 0.09, 0.027, 0.007)
 #: Of layers that stay what they are: where places are few, the teacher's weights are the better guess.
 KEPT = ((0.0, 0.02), (0.0, 0.3), (0.0, 3.0))
+#: With more weights per output, a regression takes minutes, and gigabytes.
+MOST_WEIGHTS = 5000
 #: Variances count as so much of their mean, at least: a channel that never varies says nothing.
 LEAST_VARIANCE = 1e-3
 
@@ -50,7 +52,8 @@ def regressions(
     memory: int,
     generator: torch.Generator,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Weight and bias ``[O]`` of a convolution for each of ``penalties``.
+    """Weight and bias ``[O]`` of a convolution for each of ``penalties``; none if an output has too many weights, or if
+    what arrives is not finite.
 
     Args:
         layer: says how taps lie in the input.
@@ -58,6 +61,8 @@ def regressions(
         memory: bytes for inputs and outputs at the places.
         generator: of the places.
     """
+    if weight[0].numel() > MOST_WEIGHTS:
+        return
     at = Places(layer, examples, max(PLACES, PLACES_PER_WEIGHT * weight[0].numel()), memory, generator)
     middle, goal = (values.mean(2, keepdim=True) for values in (at.taps, at.targets))
     x, z = at.taps - middle, at.targets - goal
@@ -70,5 +75,8 @@ def regressions(
     for shrink, pull in penalties:
         wanted = cross + pull * prior * variance[:, None]
         penalised = covariance + torch.diag_embed((shrink + pull) * variance)
-        found = torch.linalg.solve(penalised, wanted.transpose(1, 2)).transpose(1, 2).float()
+        factor, failed = torch.linalg.cholesky_ex(penalised)
+        if bool(failed.any()) or not bool(factor.isfinite().all()):
+            return
+        found = torch.cholesky_solve(wanted.transpose(1, 2), factor).transpose(1, 2).float()
         yield found.reshape_as(weight), (goal - found @ middle).flatten()

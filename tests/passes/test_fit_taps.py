@@ -73,7 +73,7 @@ def test_it_ends_by_itself_when_nothing_changes():
 
 
 def test_little_memory_means_fewer_places():
-    _, before, after, _ = _fitted("3x3", 3, memory=4 * (54 + 5 * 8) * 300)
+    _, before, after, _ = _fitted("3x3", 3, memory=4 * (2 * 54 + 5 * 8) * 300)
     assert after > before
     pair, *_ = _fitted("3x3", 1, memory=1)  # two places say nothing, and do no harm
     assert all(value.isfinite().all() for value in copy.deepcopy(pair.norm).state_dict().values())

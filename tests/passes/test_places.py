@@ -45,5 +45,5 @@ def test_values_of_a_channel_come_from_all_its_taps():
 def test_memory_bounds_the_places():
     adder = AdderConv2d(6, 8, 1)
     examples = Examples(torch.randn(50, 6, 4, 4), torch.randn(50, 8, 4, 4), None)
-    assert Places(adder, examples, 700, 4 * (6 + 5 * 8) * 100, torch.Generator()).taps.shape[2] == 100
+    assert Places(adder, examples, 700, 4 * (2 * 6 + 5 * 8) * 100, torch.Generator()).taps.shape[2] == 100
     assert Places(adder, examples, 700, 1, torch.Generator()).taps.shape[2] == 2

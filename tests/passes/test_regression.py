@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from anncvt.nn import AdderConv2d
+from anncvt.passes import regression
 from anncvt.passes.examples import Examples
 from anncvt.passes.regression import KEPT, of_adders, regressions
 
@@ -68,3 +69,11 @@ def test_channels_that_never_vary_do_no_harm():
         assert float(weight[:, 2].abs().max()) < 10 * float(weight.abs().max())
     for weight, _ in _regressions(torch.zeros_like(x), z, prior, (*KEPT, *of_adders(1))):
         assert weight.isfinite().all()
+
+
+def test_what_cannot_be_solved_is_left_out(monkeypatch):
+    x, z, prior = _problem()
+    for bad in (float("nan"), float("inf")):
+        assert not _regressions(x.index_fill(0, torch.tensor([3]), bad), z, prior, KEPT)
+    monkeypatch.setattr(regression, "MOST_WEIGHTS", 5)
+    assert not _regressions(x, z, prior, KEPT)

@@ -1,5 +1,5 @@
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from anncvt.passes.filter_groups import filter_groups
@@ -11,6 +11,7 @@ def test_filters_of_like_size_come_together():
     assert filter_groups(weight, 3).tolist() == [0, 2, 0, 1, 2, 1]
 
 
+@example([0.0, 0.0, 0.0, 0.0, 1.0, 3.0, 1e-30], 4)
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=20), st.integers(1, 6))
 def test_groups_are_intervals_and_none_is_empty(sizes, groups):
     weight = torch.tensor(sizes).view(-1, 1, 1, 1)

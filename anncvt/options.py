@@ -402,7 +402,9 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
         if key not in names:
             close = difflib.get_close_matches(key, names, 1) or sorted(names)
             raise click.BadParameter(f"{value}: {ctx.info_name} has no {key!r}; try {', '.join(close)}", ctx, param)
-    ctx.default_map = {names[key].name: _as_typed(entry) for key, entry in content.items() if names[key].name}
+    ctx.default_map = {
+        names[key].name: _as_typed(entry, names[key]) for key, entry in content.items() if names[key].name
+    }
 
 
 def _long_name(param: click.Parameter) -> str:
@@ -411,6 +413,9 @@ def _long_name(param: click.Parameter) -> str:
     return max(param.opts, key=len).lstrip("-")
 
 
-def _as_typed(entry: Any) -> Any:
-    """A TOML table (for --arch-args) as pairs."""
-    return list(entry.items()) if isinstance(entry, dict) else entry
+def _as_typed(entry: Any, param: click.Parameter) -> Any:
+    """A TOML table (for --arch-args, --copies) as pairs, one value of a repeatable option as a list."""
+    if isinstance(entry, dict):
+        return list(entry.items())
+    repeatable = isinstance(param, click.Option) and param.multiple
+    return [entry] if repeatable and not isinstance(entry, list) else entry

@@ -372,6 +372,14 @@ class TestConfig:
         (layer,) = answered("plan", "-c", config)["layers"]
         assert layer["action"] == "swap" and layer["kernel"] == [1, 1]
 
+    def test_one_value_of_what_can_be_repeated(self, tmp_path):
+        config = tmp_path / "run.toml"
+        for copies in ("copies = 2\n", "copies = [2]\n", '[copies]\n"*" = 2\n'):
+            config.write_text(f'keep = "layer1.*"\n{copies}')
+            layers = answered("plan", *DIGITS, "-c", config)["layers"]
+            assert sum(layer["action"] == "swap" for layer in layers) == 5
+            assert {layer["copies"] for layer in layers if layer["action"] == "swap"} == {2}
+
     def test_unknown_key(self, tmp_path):
         config = tmp_path / "run.toml"
         config.write_text("epoch = 3\n")

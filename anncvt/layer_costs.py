@@ -107,7 +107,7 @@ def layer_costs(program: Program, network: str, bits: int, accumulators: Mapping
 
 def _layer(layer: LayerPlan, adder: bool, floating: bool, bits: int, accumulator: int | None) -> LayerCost:
     copies = layer.copies if adder else 1
-    taps = copies * layer.in_shape[1] // layer.groups * math.prod(layer.kernel)
+    taps = copies * layer.taps
     outputs = math.prod(layer.out_shape[1:])
     accumulator = accumulator or (32 if floating else (bits + 1 if adder else 2 * bits) + _log2(taps))
     inner = "add" if adder else "multiply"

@@ -168,11 +168,11 @@ class _AdderNd(nn.Module):
         """How many weights of an input's own size do the same: ``|2^k x - w|`` is ``2^k`` times ``|x - w / 2^k|``."""
         return 2**self.copies - 1
 
-    def repeated_weight(self) -> Tensor:
-        """Weights of the same layer on ``repeats`` plain copies of its input: ``[O, repeats * C/groups, *kernel]``."""
+    def repeated(self, weight: Tensor) -> Tensor:
+        """``weight`` for ``repeats`` plain copies of the input: ``[O, repeats * C/groups, *kernel]``."""
         if self.copies == 1:
-            return self.weight
-        parts = self.weight.chunk(self.copies, 1)
+            return weight
+        parts = weight.chunk(self.copies, 1)
         return torch.cat([part / 2**k for k, part in enumerate(parts) for _ in range(2**k)], 1)
 
     def operand(self, x: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
@@ -197,19 +197,15 @@ class _AdderNd(nn.Module):
     def _adder(self, x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
         raise NotImplementedError
 
-    def _fakeable(self, x: Tensor, *geometry: Any) -> Tensor:
+    def _fakeable(self, x: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
         """:meth:`_adder2d`, or what :attr:`fake` makes of it, which has one grid for an input and all its weights."""
         if self.fake is None:
-            return self._adder2d(x, self._maps(self.weight), *geometry)
+            return self._adder2d(x, weight, *geometry)
 
         def plain(x: Tensor, weight: Tensor) -> Tensor:
             return self._op(torch.cat([x] * self.repeats, 1), weight, *geometry)
 
-        return self.fake(plain, x, self._maps(self.repeated_weight()))
-
-    def _maps(self, weight: Tensor) -> Tensor:
-        """``[O, C, kh, kw]``."""
-        return weight
+        return self.fake(plain, x, self.repeated(weight))
 
     def _adder2d(self, x: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
         return self._op(self.copied(x), weight, *geometry)
@@ -232,7 +228,7 @@ class AdderConv2d(_AdderNd):
     ndim = 2
 
     def _adder(self, x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
-        return self._fakeable(x, self.stride, padding, self.dilation)
+        return self._fakeable(x, self.weight, self.stride, padding, self.dilation)
 
 
 class AdderConv1d(_AdderNd):
@@ -307,11 +303,8 @@ class AdderLinear(_AdderNd):
     def _adder(self, x: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
         first = x.movedim(-1, 1)
         maps = first if first.dim() == 4 else first.reshape(first.shape[0], first.shape[1], 1, -1)
-        y = self._fakeable(maps, (1, 1), ((0, 0), (0, 0)), (1, 1))
+        y = self._fakeable(maps, self.weight[:, :, None, None], (1, 1), ((0, 0), (0, 0)), (1, 1))
         return y.reshape(y.shape[0], y.shape[1], *first.shape[2:]).movedim(1, -1)
-
-    def _maps(self, weight: Tensor) -> Tensor:
-        return weight[:, :, None, None]
 
 
 def adder_class(ndim: int) -> type[_AdderNd]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,11 @@ class LayerPlan:
     bn: str | None = None  # qualified name of the BatchNorm that reads it
     insert_bn: bool = False  # no BatchNorm follows: the adder gets one of its own
     copies: int = 1  # the adder compares every input with so many weights, at 1, 2, 4, ... times its size
+
+    @property
+    def taps(self) -> int:
+        """Inputs that an output is computed from."""
+        return self.in_shape[1] // self.groups * math.prod(self.kernel)
 
     @property
     def swapped(self) -> bool:

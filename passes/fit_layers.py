@@ -17,10 +17,11 @@ from anncvt.convolution import effective_weight
 from anncvt.passes.examples import Examples, batches, collect
 from anncvt.passes.fit_kept import FittedKept, fit_kept
 from anncvt.passes.fit_taps import fit_taps, sweep_cost
-from anncvt.passes.initialise import fit_line, map_weights
+from anncvt.passes.initialise import fit_line, map_weights, tents
 from anncvt.passes.norms import normalised
 from anncvt.passes.objectives import LayerLoss
 from anncvt.passes.pairing import Pair
+from anncvt.passes.quantile_map import TentTable
 from anncvt.passes.regression import of_adders, regressions
 from anncvt.passes.schedule import cosine, set_rates, steps_within
 from anncvt.passes.surroundings import Sequel, sequel
@@ -170,12 +171,13 @@ def _fit(
     norm = cast(_BatchNorm, pair.norm)
     some = train.rows(slice(0, _rows(train)))
     loss = LayerLoss(activation, how.activation_weight)
-    _map(pair, some, effective_weight(pair.conv), generator)
+    conv, table = effective_weight(pair.conv), tents(pair, some.inputs, generator)
+    _map(pair, some, table, conv)
     best = _Best(pair, test, loss)
     if how.regress:
         penalties = of_adders(pair.adder.copies)
-        for found, _ in regressions(pair.adder, train, effective_weight(pair.conv), penalties, memory, generator):
-            _map(pair, some, found, generator)
+        for found, _ in regressions(pair.adder, train, conv, penalties, memory, generator):
+            _map(pair, some, table, found)
             best.judge()
         best.restore()
     mapped_r2 = best.r2
@@ -197,9 +199,9 @@ def _fit(
 
 
 @torch.no_grad()
-def _map(pair: Pair, some: Examples, weight: Tensor, generator: torch.Generator) -> None:
+def _map(pair: Pair, some: Examples, table: TentTable, weight: Tensor) -> None:
     """Begin with an adder that imitates a convolution."""
-    map_weights(pair, some.inputs, generator, weight)
+    map_weights(pair, table, weight)
     fit_line(cast(_BatchNorm, pair.norm), pair.adder.response(some.inputs, is_padded=True), some.targets)
 
 

@@ -14,7 +14,7 @@ from anncvt.convolution import effective_weight
 from anncvt.nn import channels_first
 from anncvt.passes.norms import normalised
 from anncvt.passes.pairing import Pair
-from anncvt.passes.quantile_map import quantile_map, tent_table
+from anncvt.passes.quantile_map import TentTable, quantile_map, tent_table
 
 #: Activations per input channel that the quantiles are taken from.
 SAMPLES = 16384
@@ -43,7 +43,7 @@ def initialise(
 
     def arrive(pair: Pair, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if pair.name not in explained:
-            map_weights(pair, inputs[0], generator)
+            map_weights(pair, tents(pair, inputs[0], generator), effective_weight(pair.conv))
 
     def fit(pair: Pair, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if pair.name in targets and pair.name not in explained:
@@ -83,17 +83,18 @@ def _targets(teacher: nn.Module, paired: list[Pair], images: Tensor) -> dict[str
 
 
 @torch.no_grad()
-def map_weights(pair: Pair, x: Tensor, generator: torch.Generator, weight: Tensor | None = None) -> None:
-    """Give the adder quantile-mapped weights for inputs distributed like ``x`` ``[N, C, *]``.
-
-    Args:
-        weight: to map; its convolution's.
-    """
+def tents(pair: Pair, x: Tensor, generator: torch.Generator) -> TentTable:
+    """What weights of the adder do with inputs distributed like ``x`` ``[N, C, *]``."""
     samples = channels_first(pair.adder, x).transpose(0, 1).flatten(1)
     if samples.shape[1] > SAMPLES:
         samples = samples[:, torch.randperm(samples.shape[1], generator=generator)[:SAMPLES]]
-    weight = effective_weight(pair.conv) if weight is None else weight
-    pair.adder.weight.copy_(quantile_map(weight, tent_table(samples), pair.adder.groups, copies=pair.adder.copies))
+    return tent_table(samples)
+
+
+@torch.no_grad()
+def map_weights(pair: Pair, table: TentTable, weight: Tensor) -> None:
+    """Give the adder the quantile-mapped weights of a convolution with ``weight``."""
+    pair.adder.weight.copy_(quantile_map(weight, table, pair.adder.groups, copies=pair.adder.copies))
     if pair.adder.bias is not None:
         pair.adder.bias.zero_()
 

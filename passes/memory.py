@@ -32,11 +32,8 @@ def training_memory(network: nn.Module, input_size: tuple[int, ...], plan: Plan)
 
 def _more_weights(plan: Plan) -> int:
     """What the student has and the teacher has not: further weights per input, and norms."""
-    more = 0
-    for layer in plan.swapped:
-        taps = layer.in_shape[1] // layer.groups * math.prod(layer.kernel)
-        more += layer.out_shape[1] * ((layer.copies - 1) * taps + (2 if layer.insert_bn else 0))
-    return more
+    rows = ((layer, (layer.copies - 1) * layer.taps + (2 if layer.insert_bn else 0)) for layer in plan.swapped)
+    return sum(layer.out_shape[1] * weights for layer, weights in rows)
 
 
 def _elements(layer: LayerPlan) -> int:

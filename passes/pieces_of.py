@@ -144,7 +144,7 @@ def _row(fuser: Fuser, node: fx.Node, source: fx.Node) -> None:
 
 
 def _layer(fuser: Fuser, node: fx.Node, source: fx.Node, op: str, module: Any, window: Window) -> Piece:
-    weight = _double(module.repeated_weight() if isinstance(module, _AdderNd) else module.weight)
+    weight = _double(module.repeated(module.weight) if isinstance(module, _AdderNd) else module.weight)
     weight = weight[:, :, None, None] if weight.ndim == 2 else weight
     shift = torch.zeros(len(weight), dtype=torch.float64) if module.bias is None else _double(module.bias)
     scale = torch.ones(len(weight), dtype=torch.float64)

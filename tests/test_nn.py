@@ -131,7 +131,7 @@ def test_weights_of_plain_copies_do_the_same():
     torch.manual_seed(0)
     module, x = AdderConv2d(4, 6, 3, copies=3), torch.randn(2, 4, 7, 7)
     plain = AdderConv2d(4 * module.repeats, 6, 3)
-    plain.weight = nn.Parameter(module.repeated_weight())
+    plain.weight = nn.Parameter(module.repeated(module.weight))
     torch.testing.assert_close(plain(x.repeat(1, 7, 1, 1)), module(x))
 
 

@@ -25,7 +25,7 @@ def measure(options: argparse.Namespace, clock: Callable[[], float], peaks: dict
     totals = {stride: dict.fromkeys(_CALLS, 0.0) for stride in (1, 2)}
     print(f"{'layer':38} {'conv':>9} {'adder':>9} {'ratio':>6}   {'conv f+b':>9} {'full':>6} {'exact':>6}")
     for layer in RESNET20 + OTHERS:
-        batch = base if layer in RESNET20 else max(1, base // 16)
+        batch = base if layer in RESNET20 else max(1, base // 4)
         times = layer_times(layer, batch, options.repeats, clock)
         if layer in RESNET20:
             total = totals[layer.stride]

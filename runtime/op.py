@@ -2,12 +2,14 @@
 dispatch).
 
 A ``torch.library`` op and not a plain ``autograd.Function``: the latter is inlined by ``torch.fx`` and
-``torch.export``, which loses both the node and the adder gradients.
+``torch.export``, which loses both the node and the adder gradients. And not its ``custom_op``, whose wrappers around
+each call take as long as a small layer: a kernel that has just moved megabytes leaves Python none of the caches.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -20,8 +22,19 @@ from anncvt.runtime.geometry import output_size
 
 GRADIENTS = ("full", "exact")
 
+_library = torch.library.Library("anncvt", "DEF")
 
-@torch.library.custom_op("anncvt::adder2d", mutates_args=())
+
+def _define(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make an op of ``function``, for every device, by its name and annotations."""
+    name = function.__name__
+    schema = torch.library.infer_schema(function, mutates_args=())
+    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    return function
+
+
+@_define
 def adder2d(
     x: Tensor,
     weight: Tensor,
@@ -56,14 +69,14 @@ def adder2d(
     return _like(implementation.forward(a, weight.to(_compute_dtype(x)), stride, padding, dilation, groups), x)
 
 
-@adder2d.register_fake
+@torch.library.register_fake("anncvt::adder2d")
 def _(x, weight, stride, padding, dilation, groups, gradient="full"):
     _check(x, weight, groups, gradient)
     size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     return torch.empty((x.shape[0], weight.shape[0], *size), dtype=x.dtype, device=x.device, memory_format=_layout(x))
 
 
-@torch.library.custom_op("anncvt::adder2d_fused", mutates_args=())
+@_define
 def adder2d_fused(
     x: Tensor,
     weight: Tensor,
@@ -101,7 +114,7 @@ def adder2d_fused(
     return _like(y, x)
 
 
-@adder2d_fused.register_fake
+@torch.library.register_fake("anncvt::adder2d_fused")
 def _(x, weight, scale, shift, residual, stride, padding, dilation, groups, low=None, high=None):
     size = _check_fused(x, weight, scale, shift, residual, stride, padding, dilation, groups)
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_layout(x))
@@ -113,7 +126,7 @@ for _name, _device in itertools.product(("adder2d", "adder2d_fused"), ("cpu", "c
     torch.library.register_autocast(f"anncvt::{_name}", _device, torch.float32)
 
 
-@torch.library.custom_op("anncvt::adder2d_backward", mutates_args=())
+@_define
 def adder2d_backward(
     grad: Tensor,
     x: Tensor,
@@ -141,7 +154,7 @@ def adder2d_backward(
     return dx, dw
 
 
-@adder2d_backward.register_fake
+@torch.library.register_fake("anncvt::adder2d_backward")
 def _(grad, x, weight, stride, padding, dilation, groups, gradient, need_x, need_weight):
     dx = torch.empty_like(x, memory_format=_layout(x)) if need_x else x.new_empty(0)
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
@@ -159,10 +172,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx if need_x else None, dw if need_weight else None, None, None, None, None, None
 
 
-adder2d.register_autograd(_backward, setup_context=_setup)
+def _no_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    raise RuntimeError("anncvt::adder2d_fused and anncvt::adder2d_backward have no gradient; use anncvt::adder2d")
 
 
-@adder2d.register_vmap
+torch.library.register_autograd("anncvt::adder2d", _backward, setup_context=_setup)
+for _name in ("adder2d_fused", "adder2d_backward"):
+    torch.library.register_autograd(f"anncvt::{_name}", _no_gradient)
+
+
+@torch.library.register_vmap("anncvt::adder2d")
 def _(info, in_dims, x, weight, stride, padding, dilation, groups, gradient="full"):
     if in_dims[1] is not None:
         raise NotImplementedError("anncvt::adder2d: vmap over the weights is not supported, only over x")

@@ -8,6 +8,7 @@ any other layout is converted first. ``ANNCVT_KERNELS=torch`` turns the kernels 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from types import ModuleType
@@ -20,22 +21,20 @@ def usable(x: Tensor) -> bool:
     """Whether a compiled kernel can take tensors of this device and dtype."""
     if os.environ.get("ANNCVT_KERNELS", "tvm") == "torch":
         return False
-    if x.device.type == "cuda":
+    if x.is_cuda:
         from anncvt.runtime.kernels import cuda
 
         return cuda.usable(x)
-    return x.dtype is torch.float32 and x.device.type == "cpu" and _installed()
+    return x.dtype is torch.float32 and x.is_cpu and _installed()
 
 
 def compiled(x: Tensor) -> ModuleType:
     """The module whose functions stand for those of :mod:`anncvt.runtime.fallback`, for tensors like ``x``."""
-    if x.device.type == "cuda":
-        from anncvt.runtime.kernels.cuda import launch as cuda_launch
+    return _launcher("anncvt.runtime.kernels.cuda.launch" if x.is_cuda else "anncvt.runtime.kernels.launch")
 
-        return cuda_launch
-    from anncvt.runtime.kernels import launch
 
-    return launch
+# An import that finds its module takes longer than anything else that is done here.
+_launcher = functools.cache(importlib.import_module)
 
 
 @functools.cache

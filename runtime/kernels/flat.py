@@ -14,21 +14,26 @@ from anncvt.runtime.kernels.layer import LANES
 
 
 def function(
-    shapes: Mapping[str, tuple[Any, ...]], body: Callable[..., None], dtypes: str | Mapping[str, str] = "float32"
+    shapes: Mapping[str, tuple[Any, ...] | None],
+    body: Callable[..., None],
+    dtypes: str | Mapping[str, str] = "float32",
 ) -> tirx.PrimFunc:
     """A PrimFunc of arguments ``shapes`` (the last is the output), of one dtype or of each its own.
 
-    ``body(**buffers)`` emits its statements. A size may be a variable.
+    ``body(**buffers)`` emits its statements. A size may be a variable. What has no shape is a number, not a buffer.
     """
     kinds = dict.fromkeys(shapes, dtypes) if isinstance(dtypes, str) else dtypes
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("kernel")
             T.func_attr({"tirx.noalias": True, "op_pattern": 8})  # 8: opaque, the graph fusion leaves it alone
-            arguments = {key: T.arg(key, T.buffer(shape, kinds[key])) for key, shape in shapes.items()}
+            arguments = {
+                key: T.arg(key, tirx.Var(key, kinds[key]) if shape is None else T.buffer(shape, kinds[key]))
+                for key, shape in shapes.items()
+            }
             flat = {
-                key: T.decl_buffer((math.prod(shapes[key]),), kinds[key], data=argument.data)
-                for key, argument in arguments.items()
+                key: argument if shape is None else T.decl_buffer((math.prod(shape),), kinds[key], data=argument.data)
+                for (key, argument), shape in zip(arguments.items(), shapes.values(), strict=True)
             }
             with T.sblock("root"):  # the graph passes expect one
                 body(**flat)

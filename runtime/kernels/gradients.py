@@ -18,16 +18,16 @@ from anncvt.runtime.kernels.tir import choose, padded, span, splat
 def input_gradient(spec: Spec, cpu: Cpu, scale: float) -> Any:
     """``(X[n,H,W,G*C], D[n,H',W',G*O], W[G,C/L,O/ob,kh,kw,ob,L], one, Y[n,H,W,G*C])``; D is the output's gradient.
 
-    ``sum g*clip(scale*(w-x), -1, 1)``; W comes scaled. ``one`` is 1: the compiler must not know it (see ``_clipped``).
+    ``sum g*clip(scale*(w-x), -1, 1)``; W comes scaled. ``one`` is 1: the compiler must not know it (:func:`clipped`).
     """
     G, C, L, (KH, KW) = spec.groups, spec.channels, spec.lanes, spec.kernel
     (OH, OW), outputs = spec.output, spec.outputs
-    H, W, depthwise = spec.height, spec.width, spec.depthwise
+    H, W = spec.height, spec.width
     rows = Axis.of(H, KH, spec.stride[0], spec.padding.top, spec.dilation[0])
     cols = Axis.of(W, KW, spec.stride[1], spec.padding.left, spec.dilation[1])
     CB = C // L
-    ob = L if depthwise else divisor(outputs, 16)
-    OB, reduced = outputs // ob, 1 if depthwise else ob
+    ob = divisor(outputs, 16)
+    OB = outputs // ob
     # A pixel keeps its sum and its value in registers.
     PT = tile(cols.blocks, cpu.clipped)
     wide = -(-cols.blocks // PT)
@@ -38,8 +38,6 @@ def input_gradient(spec: Spec, cpu: Cpu, scale: float) -> Any:
     SH, SW = rows.stride, cols.stride
 
     def operand(block, row, channel_block, column, o):
-        if depthwise:
-            return block[row, channel_block, column, T.ramp(0, 1, L)]
         return T.broadcast(block[row, channel_block, column, o], L)
 
     @T.prim_func(s_tir=True)
@@ -48,7 +46,7 @@ def input_gradient(spec: Spec, cpu: Cpu, scale: float) -> Any:
         n = T.int64()
         X = T.match_buffer(x, (n, H, W, G * C), "float32")
         D = T.match_buffer(d, (n, OH, OW, G * outputs), "float32")
-        Wp = T.match_buffer(w, (G, CB, OB, KH, KW, reduced, L), "float32")
+        Wp = T.match_buffer(w, (G, CB, OB, KH, KW, ob, L), "float32")
         Y = T.match_buffer(y, (n, H, W, G * C), "float32")
         for task in T.parallel(n * blocks):
             gp = T.alloc_buffer((ROWS, G * OB, WP, ob), "float32")
@@ -74,9 +72,9 @@ def input_gradient(spec: Spec, cpu: Cpu, scale: float) -> Any:
                     for b in T.serial(OB):
                         for t in T.serial(choose(rows.count, rh)):
                             for u in T.serial(choose(cols.count, rw)):
-                                for o in T.serial(reduced):
+                                for o in T.serial(ob):
                                     for j in T.unroll(PT):
-                                        acc[T.ramp(j * L, 1, L)] = acc[T.ramp(j * L, 1, L)] + _clipped(
+                                        acc[T.ramp(j * L, 1, L)] = acc[T.ramp(j * L, 1, L)] + clipped(
                                             Wp[
                                                 g,
                                                 cb,
@@ -171,7 +169,7 @@ def weight_gradient(spec: Spec, cpu: Cpu) -> Any:
                             for c in T.unroll(CT):
                                 acc[T.ramp(c * L, 1, L)] = (
                                     acc[T.ramp(c * L, 1, L)]
-                                    + _clipped(
+                                    + clipped(
                                         operand(xp, i * SH + kh * DH, g * CB + b, j * SW + kw * DW, ct * CT + c),
                                         taps[T.ramp(c * L, 1, L)],
                                         c,
@@ -194,7 +192,7 @@ def weight_gradient(spec: Spec, cpu: Cpu) -> Any:
     return main
 
 
-def _clipped(a: Any, b: Any, index: Any, one: Any, lanes: int, cpu: Cpu) -> Any:
+def clipped(a: Any, b: Any, index: Any, one: Any, lanes: int, cpu: Cpu) -> Any:
     """``clip(a + b, -1, 1)`` of vectors, spread over both kinds of execution unit.
 
     Clipping occupies the adders (AVX-512's range instruction as well as a maximum and a minimum) while the

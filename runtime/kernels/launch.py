@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +35,11 @@ def forward(
         if spec.depthwise:
             x = _pad_channels(x, 1, spec.groups * spec.lanes)
         packed = _pack_outputs(weight, spec)
-        # The sum of the weights of each filter, in the order of the outputs.
-        sums = packed.sum((2, 3, 4, 5)).view(-1)
-        _call(spec, nhwc(x), packed, sums, 2.0, y)
+        if spec.depthwise:
+            _call(spec, nhwc(x), packed, 1.0, y)
+        else:
+            # The sum of the weights of each filter, in the order of the outputs.
+            _call(spec, nhwc(x), packed, packed.sum((2, 3, 4, 5)).view(-1), 2.0, y)
     return _unpad(y, weight.shape[0], 1 if spec.depthwise else groups)
 
 
@@ -86,6 +87,8 @@ def exact_weight_gradient(
         return torch.zeros_like(weight)
     spec = _spec("dw_exact", x, weight, stride, padding, dilation, groups)
     packed = _pack_outputs(weight, spec)
+    if spec.depthwise:
+        packed = packed[:, None, None, :, :, None]
     parts = packed.new_zeros(min(torch.get_num_threads(), x.shape[0] * spec.output[0]), *packed.shape)
     grad = _pad_channels(grad, 1 if spec.depthwise else groups, spec.groups * spec.outputs)
     if spec.depthwise:
@@ -199,7 +202,8 @@ def _pack_inputs(weight: Tensor, spec: Spec) -> Tensor:
 
 
 def _pack_depthwise(weight: Tensor, spec: Spec) -> Tensor:
-    """``[G, 1, 1, kh, kw, 1, L]``: vectors over channels."""
-    w: Any = F.pad(weight.detach()[:, 0], (0, 0, 0, 0, 0, spec.groups * spec.lanes - weight.shape[0]))
-    w = w.unflatten(0, (spec.groups, spec.lanes)).permute(0, 2, 3, 1)
-    return w[:, None, None, :, :, None].contiguous()
+    """``[G, kh, kw, L]``: vectors over channels."""
+    w, missing = weight.detach(), spec.groups * spec.lanes - weight.shape[0]
+    if missing:
+        w = F.pad(w, (0, 0, 0, 0, 0, 0, 0, missing))
+    return w.view(spec.groups, spec.lanes, *spec.kernel).permute(0, 2, 3, 1).contiguous()

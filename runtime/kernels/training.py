@@ -19,6 +19,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
+from anncvt.runtime.kernels import depthwise
 from anncvt.runtime.kernels.gradients import input_gradient, weight_gradient
 from anncvt.runtime.kernels.microkernel import LANES, Microkernel
 from anncvt.runtime.kernels.spec import SHARPNESS, Spec, divisor, row_block, tile
@@ -31,13 +32,16 @@ TRUSTED = 2.0**-7
 
 def generate(spec: Spec, cpu: Cpu) -> Any:
     """The kernel of ``spec`` as a ``tirx.PrimFunc``."""
+    forward, dx = (_forward, input_gradient)
+    if spec.depthwise:
+        forward, dx = depthwise.forward, depthwise.input_gradient
     make: dict[str, Callable[..., Any]] = {
-        "forward": _forward,
-        "dx_full": functools.partial(input_gradient, scale=1.0),
-        "dx_exact": functools.partial(input_gradient, scale=SHARPNESS),
+        "forward": forward,
+        "dx_full": functools.partial(dx, scale=1.0),
+        "dx_exact": functools.partial(dx, scale=SHARPNESS),
         "dw_exact": weight_gradient,
     }
-    return make[spec.kind](spec, cpu)
+    return make[spec.kind](spec, cpu).with_attr("global_symbol", "main")
 
 
 def _forward(spec: Spec, cpu: Cpu) -> Any:
@@ -48,10 +52,10 @@ def _forward(spec: Spec, cpu: Cpu) -> Any:
     G, C, L, (KH, KW) = spec.groups, spec.channels, spec.lanes, spec.kernel
     (SH, SW), (DH, DW), (OH, OW) = spec.stride, spec.dilation, spec.output
     H, W, top, left = spec.height, spec.width, spec.padding.top, spec.padding.left
-    OB, depthwise, fma = spec.outputs // L, spec.depthwise, cpu.fma
-    cb = L if depthwise else divisor(C, 16)
-    CB, reduced = C // cb, 1 if depthwise else cb
-    V = 1 if depthwise else divisor(OB, cpu.vectors)
+    OB, fma = spec.outputs // L, cpu.fma
+    cb = divisor(C, 16)
+    CB = C // cb
+    V = divisor(OB, cpu.vectors)
     PT = tile(OW, cpu.pixels)
     wide = -(-OW // PT)
     WP = (wide * PT - 1) * SW + (KW - 1) * DW + 1
@@ -61,30 +65,28 @@ def _forward(spec: Spec, cpu: Cpu) -> Any:
     blocks = -(-OH // RB)
     ROWS = (RB - 1) * SH + (KH - 1) * DH + 1
 
-    micro = _microkernel(spec, (HT, PT), V, WP) if cpu.assembly and not depthwise and L == LANES else None
+    micro = _microkernel(spec, (HT, PT), V, WP) if cpu.assembly and L == LANES else None
     micro_node, micro_key, micro_code = micro.attribute if micro else (None, None, None)
 
     def update(total, x, w, attempt, two):
         exact = total + tirx.abs(x - w)
         fast = total + (tirx.max(w, x) * T.broadcast(two, L) if fma else tirx.max(w, x))
-        return exact if depthwise else T.if_then_else(attempt == 0, fast, exact)
+        return T.if_then_else(attempt == 0, fast, exact)
 
     def operand(block, row, channel_block, column, c):
-        if depthwise:
-            return block[row, channel_block, column, T.ramp(0, 1, L)]
         return T.broadcast(block[row, channel_block, column, c], L)
 
     def result(total, x_sum, w_sum, attempt):
         exact = splat(0.0, L) - total
         fast = (T.broadcast(x_sum, L) + w_sum) - (total if fma else total * splat(2.0, L))
-        return exact if depthwise else T.if_then_else(attempt == 0, fast, exact)
+        return T.if_then_else(attempt == 0, fast, exact)
 
     @T.prim_func(s_tir=True)
     def main(x: T.handle, w: T.handle, s: T.handle, two: T.float32, y: T.handle):
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
         n = T.int64()
         X = T.match_buffer(x, (n, H, W, G * C), "float32")
-        Wp = T.match_buffer(w, (G, OB, CB, KH, KW, reduced, L), "float32")
+        Wp = T.match_buffer(w, (G, OB, CB, KH, KW, cb, L), "float32")
         S = T.match_buffer(s, (G * OB * L,), "float32")
         Y = T.match_buffer(y, (n, OH, OW, G * OB * L), "float32")
         for task in T.parallel(n * blocks):
@@ -99,36 +101,35 @@ def _forward(spec: Spec, cpu: Cpu) -> Any:
                             X, task // blocks, task % blocks * (RB * SH) + r - top, j - left, b * cb, cb, H, W
                         )
             largest = T.alloc_buffer((1,), "float32", scope="local")
-            if not depthwise:
-                peak = T.alloc_buffer((cb,), "float32", scope="local")
-                peak[span(0, cb)] = splat(0.0, cb)
-                for g, r, j in T.grid(G, ROWS, WP):
-                    lane = T.alloc_buffer((cb,), "float32", scope="local")
-                    lane[span(0, cb)] = splat(0.0, cb)
-                    for b in T.serial(CB):
-                        lane[span(0, cb)] = lane[span(0, cb)] + xp[r, g * CB + b, j, span(0, cb)]
-                        peak[span(0, cb)] = tirx.max(peak[span(0, cb)], tirx.abs(xp[r, g * CB + b, j, span(0, cb)]))
-                    sums[g, r, j] = tree(lane, 0, cb)
-                largest[0] = peak[0]
-                for c in T.unroll(cb):
-                    largest[0] = T.max(largest[0], peak[c])
-                for g, r, jw in T.grid(G, ROWS, wide):
-                    row = T.alloc_buffer((PT,), "float32", scope="local")
-                    row[span(0, PT)] = splat(0.0, PT)
-                    for kw in T.unroll(KW):
-                        row[span(0, PT)] = row[span(0, PT)] + sums[g, r, span(jw * (PT * SW) + kw * DW, PT, SW)]
-                    across[g, r, span(jw * PT, PT)] = row[span(0, PT)]
-                for g, i, jw in T.grid(G, RB, wide):
-                    column = T.alloc_buffer((PT,), "float32", scope="local")
-                    column[span(0, PT)] = splat(0.0, PT)
-                    for kh in T.unroll(KH):
-                        column[span(0, PT)] = column[span(0, PT)] + across[g, i * SH + kh * DH, span(jw * PT, PT)]
-                    window[g, i, span(jw * PT, PT)] = column[span(0, PT)]
+            peak = T.alloc_buffer((cb,), "float32", scope="local")
+            peak[span(0, cb)] = splat(0.0, cb)
+            for g, r, j in T.grid(G, ROWS, WP):
+                lane = T.alloc_buffer((cb,), "float32", scope="local")
+                lane[span(0, cb)] = splat(0.0, cb)
+                for b in T.serial(CB):
+                    lane[span(0, cb)] = lane[span(0, cb)] + xp[r, g * CB + b, j, span(0, cb)]
+                    peak[span(0, cb)] = tirx.max(peak[span(0, cb)], tirx.abs(xp[r, g * CB + b, j, span(0, cb)]))
+                sums[g, r, j] = tree(lane, 0, cb)
+            largest[0] = peak[0]
+            for c in T.unroll(cb):
+                largest[0] = T.max(largest[0], peak[c])
+            for g, r, jw in T.grid(G, ROWS, wide):
+                row = T.alloc_buffer((PT,), "float32", scope="local")
+                row[span(0, PT)] = splat(0.0, PT)
+                for kw in T.unroll(KW):
+                    row[span(0, PT)] = row[span(0, PT)] + sums[g, r, span(jw * (PT * SW) + kw * DW, PT, SW)]
+                across[g, r, span(jw * PT, PT)] = row[span(0, PT)]
+            for g, i, jw in T.grid(G, RB, wide):
+                column = T.alloc_buffer((PT,), "float32", scope="local")
+                column[span(0, PT)] = splat(0.0, PT)
+                for kh in T.unroll(KH):
+                    column[span(0, PT)] = column[span(0, PT)] + across[g, i * SH + kh * DH, span(jw * PT, PT)]
+                window[g, i, span(jw * PT, PT)] = column[span(0, PT)]
             for g, ob, ih, jw in T.grid(G, OB // V, RB // HT, wide):
                 acc = T.alloc_buffer((HT * PT * V * L,), "float32", scope="local")
                 doubt = T.alloc_buffer((L,), "float32", scope="local")
                 doubt[T.ramp(0, 1, L)] = splat(0.0, L)
-                for attempt in T.unroll(1 if depthwise else 2):
+                for attempt in T.unroll(2):
                     if attempt == 0 or tree(doubt, 0, L) > T.float32(0):
                         # nested: the parser reads what an `and` guards even where there is no microkernel
                         if micro is not None:  # noqa: SIM102
@@ -146,7 +147,7 @@ def _forward(spec: Spec, cpu: Cpu) -> Any:
                         if micro is None or attempt == 1:
                             for a in T.unroll(HT * PT * V):
                                 acc[T.ramp(a * L, 1, L)] = splat(0.0, L)
-                            for b, kh, kw, c in T.grid(CB, KH, KW, reduced):
+                            for b, kh, kw, c in T.grid(CB, KH, KW, cb):
                                 for i in T.unroll(HT):
                                     for j in T.unroll(PT):
                                         for v in T.unroll(V):

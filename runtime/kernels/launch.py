@@ -34,12 +34,12 @@ def forward(
     if y.numel():
         if spec.depthwise:
             x = _pad_channels(x, 1, spec.groups * spec.lanes)
-        packed = _pack_outputs(weight, spec)
+        filled = _filled(weight, spec)
+        packed = _pack_outputs(filled, spec)
         if spec.depthwise:
             _call(spec, nhwc(x), packed, 1.0, y)
         else:
-            # The sum of the weights of each filter, in the order of the outputs.
-            _call(spec, nhwc(x), packed, packed.sum((2, 3, 4, 5)).view(-1), 2.0, y)
+            _call(spec, nhwc(x), packed, filled.sum((1, 2, 3)), 2.0, y)
     return _unpad(y, weight.shape[0], 1 if spec.depthwise else groups)
 
 
@@ -65,7 +65,7 @@ def input_gradient(
         padded = _pad_channels(x, 1 if depthwise else groups, spec.groups * spec.channels)
         if depthwise:
             grad = _pad_channels(grad, 1, spec.groups * spec.channels)
-        packed = _pack_inputs(weight, spec)
+        packed = _pack_inputs(_filled(weight, spec), spec)
         if gradient == "exact":
             packed = packed * SHARPNESS  # not in place: packed may be the weight itself
         _call(spec, nhwc(padded), nhwc(grad), packed, 1.0, y)
@@ -86,7 +86,7 @@ def exact_weight_gradient(
     if not (x.numel() and grad.numel()):
         return torch.zeros_like(weight)
     spec = _spec("dw_exact", x, weight, stride, padding, dilation, groups)
-    packed = _pack_outputs(weight, spec)
+    packed = _pack_outputs(_filled(weight, spec), spec)
     if spec.depthwise:
         packed = packed[:, None, None, :, :, None]
     parts = packed.new_zeros(min(torch.get_num_threads(), x.shape[0] * spec.output[0]), *packed.shape)
@@ -170,16 +170,48 @@ def _unpad(y: Tensor, channels: int, groups: int) -> Tensor:
     return y.permute(0, 3, 1, 2)
 
 
-def _pack_outputs(weight: Tensor, spec: Spec) -> Tensor:
-    """``[G, O/L, C/cb, kh, kw, cb, L]``: vectors over output channels."""
+def _filled(weight: Tensor, spec: Spec) -> Tensor:
+    """``[G*O, C, kh, kw]`` with the zero filters and channels that the kernel adds to each group."""
+    w = weight.detach()
+    groups, outputs, channels = spec.groups, spec.outputs, spec.channels
     if spec.depthwise:
-        return _pack_depthwise(weight, spec)
-    w = weight.detach().reshape(spec.groups, -1, *weight.shape[1:])
-    if w.shape[1] != spec.outputs:
-        w = F.pad(w, (0, 0, 0, 0, 0, 0, 0, spec.outputs - w.shape[1]))
-    block = divisor(spec.channels, 16)
-    w = w.reshape(spec.groups, -1, spec.lanes, spec.channels // block, block, *spec.kernel)
-    return w.permute(0, 1, 3, 5, 6, 4, 2).contiguous()
+        groups, outputs, channels = 1, spec.groups * spec.lanes, 1
+    missing = (channels - w.shape[1], outputs - w.shape[0] // groups)
+    if not any(missing):
+        return w
+    return F.pad(w.unflatten(0, (groups, -1)), (0, 0, 0, 0, 0, missing[0], 0, missing[1])).flatten(0, 1)
+
+
+# The orders of packed weights are made by one change of strides and one copy: where a kernel has just moved megabytes,
+# each call of torch takes as long as packing the weights of a small layer.
+
+
+def _pack_outputs(w: Tensor, spec: Spec) -> Tensor:
+    """``[G, O/L, C/cb, kh, kw, cb, L]``: vectors over output channels. ``w``: :func:`_filled`."""
+    if spec.depthwise:
+        return _pack_depthwise(w, spec)
+    (outer, inner, row, column), lanes, block = w.stride(), spec.lanes, divisor(spec.channels, 16)
+    size = (spec.groups, spec.outputs // lanes, spec.channels // block, *spec.kernel, block, lanes)
+    return w.as_strided(
+        size, (spec.outputs * outer, lanes * outer, block * inner, row, column, inner, outer)
+    ).contiguous()
+
+
+def _pack_inputs(w: Tensor, spec: Spec) -> Tensor:
+    """``[G, C/L, O/ob, kh, kw, ob, L]``: vectors over input channels."""
+    if spec.depthwise:
+        return _pack_depthwise(w, spec)
+    (outer, inner, row, column), lanes, block = w.stride(), spec.lanes, divisor(spec.outputs, 16)
+    size = (spec.groups, spec.channels // lanes, spec.outputs // block, *spec.kernel, block, lanes)
+    return w.as_strided(
+        size, (spec.outputs * outer, lanes * inner, block * outer, row, column, outer, inner)
+    ).contiguous()
+
+
+def _pack_depthwise(w: Tensor, spec: Spec) -> Tensor:
+    """``[G, kh, kw, L]``: vectors over channels."""
+    (outer, _, row, column), lanes = w.stride(), spec.lanes
+    return w.as_strided((spec.groups, *spec.kernel, lanes), (lanes * outer, row, column, outer)).contiguous()
 
 
 def _unpack_outputs(packed: Tensor, weight: Tensor, spec: Spec) -> Tensor:
@@ -187,23 +219,3 @@ def _unpack_outputs(packed: Tensor, weight: Tensor, spec: Spec) -> Tensor:
         return packed.permute(0, 6, 1, 2, 5, 3, 4).reshape(-1, 1, *spec.kernel)[: weight.shape[0]]
     w = packed.permute(0, 1, 6, 2, 5, 3, 4).flatten(3, 4).flatten(1, 2)
     return w[:, : weight.shape[0] // spec.groups].reshape(weight.shape)
-
-
-def _pack_inputs(weight: Tensor, spec: Spec) -> Tensor:
-    """``[G, C/L, O/ob, kh, kw, ob, L]``: vectors over input channels."""
-    if spec.depthwise:
-        return _pack_depthwise(weight, spec)
-    w = weight.detach().reshape(spec.groups, -1, *weight.shape[1:])
-    if w.shape[2] != spec.channels:
-        w = F.pad(w, (0, 0, 0, 0, 0, spec.channels - w.shape[2]))
-    block = divisor(spec.outputs, 16)
-    w = w.reshape(spec.groups, -1, block, spec.channels // spec.lanes, spec.lanes, *spec.kernel)
-    return w.permute(0, 3, 1, 5, 6, 2, 4).contiguous()
-
-
-def _pack_depthwise(weight: Tensor, spec: Spec) -> Tensor:
-    """``[G, kh, kw, L]``: vectors over channels."""
-    w, missing = weight.detach(), spec.groups * spec.lanes - weight.shape[0]
-    if missing:
-        w = F.pad(w, (0, 0, 0, 0, 0, 0, 0, missing))
-    return w.view(spec.groups, spec.lanes, *spec.kernel).permute(0, 2, 3, 1).contiguous()

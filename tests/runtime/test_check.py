@@ -44,7 +44,7 @@ def test_both_backends(folder, tmp_path):
     library = tvm.compile(program, tmp_path / "model.so")
     result = check(program, tiny_images(), so_path=library)
     assert result["ok"] and set(result["backends"]) == {"onnxruntime", "tvm"} and not result["missing"]
-    assert result["backends"]["tvm"]["max_rel"] < 1e-4
+    assert result["backends"]["tvm"]["max_rel"] < 5e-4
 
 
 @needs_tvm

@@ -400,7 +400,7 @@ def compile(
     target: str = "cpu",
     batch: int | Sequence[int] = 1,
     integers: bool = False,
-    fixed: bool = False,
+    fixed: bool | None = None,
     progress: Progress = SILENT,
 ) -> Path:
     """Compile the adder network with TVM, to ``model.so`` in its folder unless ``path`` says else.
@@ -435,7 +435,7 @@ def compile_for_onnxruntime(
     path: str | Path | None = None,
     *,
     target: str | None = None,
-    fixed: bool = False,
+    fixed: bool | None = None,
     progress: Progress = SILENT,
 ) -> Path:
     """Build the native library that makes the folder's ONNX files fast in onnxruntime.

@@ -259,9 +259,10 @@ def export(
 )
 @click.option("--int8", is_flag=True, help="Compile the integer network, to FOLDER/model.int8.so.")
 @click.option(
-    "--fixed16",
-    is_flag=True,
-    help="Floats in and out, adders in 16-bit fixed point: faster, and nearly as exact. Needs AVX2.",
+    "--fixed16/--no-fixed16",
+    default=None,
+    help="Floats in and out, adders in 16-bit fixed point or in float32. Fixed point is faster, nearly as exact, and "
+    "needs AVX2.  [default: fixed point where the target has AVX-512]",
 )
 @options.common
 def compile_(
@@ -271,7 +272,7 @@ def compile_(
     target: str | None,
     batches: tuple[int, ...],
     int8: bool,
-    fixed16: bool,
+    fixed16: bool | None,
 ) -> None:
     """Compile an adder network with TVM.
 
@@ -279,13 +280,14 @@ def compile_(
     that onnxruntime loads.
     """
     from anncvt import api
+    from anncvt.runtime import artifact
 
     if runtime == "onnxruntime" and (batches or int8):
         raise click.UsageError(
             "--batch and --int8 are for TVM; a library for onnxruntime serves all batches and integers."
         )
-    if int8 and fixed16:
-        raise click.UsageError("--fixed16 is for the network of floats, --int8 for that of integers.")
+    if int8 and fixed16 is not None:
+        raise click.UsageError("--fixed16 and --no-fixed16 are for the network of floats, --int8 for that of integers.")
     with working() as progress:
         if runtime == "onnxruntime":
             path = api.compile_for_onnxruntime(folder, output, target=target, fixed=fixed16, progress=progress)
@@ -293,7 +295,10 @@ def compile_(
             path = api.compile(
                 folder, output, target=target or "cpu", batch=batches, integers=int8, fixed=fixed16, progress=progress
             )
-    answer(_file(path), f"wrote {path}")
+    manifest = artifact.read_manifest(path)
+    fixed = (manifest if runtime == "onnxruntime" else manifest["target"])["fixed"]
+    inside = " (adders in 16-bit fixed point where that pays; --no-fixed16: float32)" if fixed else ""
+    answer({**_file(path), "fixed": fixed}, f"wrote {path}{inside}")
 
 
 @cli.command(epilog="Example: anncvt check net.ann --limit 100")

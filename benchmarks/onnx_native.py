@@ -6,6 +6,7 @@
     python benchmarks/onnx_native.py network    ResNet-50: native, native with fused adders, and TVM, over the CNN
 
 One thread, batch 1, processor time, minima over interleaved repeats; memory is the peak of a process of its own.
+Kernels of floats are in float32, not in 16-bit fixed point.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ Sessions = Callable[[Layer, Path, Path], tuple[InferenceSession, InferenceSessio
 
 def compare(layers: Sequence[Layer], paths: Sequence[Path], sessions: Sessions, table: Table) -> None:
     """The rows of ``table``, one for each layer and its file; a library is built for all of them."""
-    library = onnx_native.build(paths, paths[0].parent / onnx_native.LIBRARY, target="cpu")
+    library = onnx_native.build(paths, paths[0].parent / onnx_native.LIBRARY, target="cpu", fixed=False)
     for layer, path in zip(layers, paths, strict=True):
         table.add(layer, *sessions(layer, path, library))
     table.total()
@@ -120,14 +121,14 @@ def network(folder: Path, repeats: int) -> None:
         "native": export_network(adders, size, folder / "native.onnx"),
         "fused": export_network(adders, size, folder / "fused.onnx", fuse=True),
     }
-    onnx_native.build([paths["native"], paths["fused"]], folder / onnx_native.LIBRARY, target="cpu")
+    onnx_native.build([paths["native"], paths["fused"]], folder / onnx_native.LIBRARY, target="cpu", fixed=False)
     sessions = {name: session(path, threads=1) for name, path in paths.items()}
     choices: dict[str, Choice] = {name: opened.anncvt for name, opened in sessions.items()}
     assert choices["native"].native and choices["fused"].native
     x = {"image": np.random.default_rng(0).normal(size=(1, *size)).astype(np.float32)}
     calls = {name: lambda s=opened: s.run(None, x) for name, opened in sessions.items()}
     preprocess = Preprocess(size, (0.5,), (0.5,))
-    compiled = tvm.load(tvm.compile_network(adders, preprocess, folder / "model.so"), threads=1)
+    compiled = tvm.load(tvm.compile_network(adders, preprocess, folder / "model.so", fixed=False), threads=1)
     calls["TVM"] = lambda: compiled(x["image"])
     times = interleaved(calls, repeats, CLOCKS["cpu"])
     for name, seconds in times.items():

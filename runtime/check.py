@@ -16,7 +16,7 @@ from anncvt.progress import SILENT, Progress
 if TYPE_CHECKING:
     from anncvt.images import Images
 
-#: Largest accepted difference of logits, relative to the largest logit.
+#: Largest accepted difference of logits, relative to the largest logit; of a tie, relative to the range of logits.
 TOLERANCE = 1e-3
 #: Images of one call, after a first call with a single image.
 BATCH = 32
@@ -46,9 +46,11 @@ def check(
         ``{"ok", "images", "reference", "backends": {name: row}, "missing": {name: reason}}``, a row being
         ``{"ok", "max_abs", "max_rel", "top1_agreement"}``.
         ``max_abs`` is the largest difference of logits (infinite where one is not a number), ``max_rel`` the same over
-        the largest logit of the reference, ``top1_agreement`` the share of images with the same class, in percent.
-        A backend is ok below :data:`TOLERANCE` with 100 percent agreement. ``missing`` says, for a backend that was
-        left out, how to get it. Disagreement is a result, not an exception.
+        the largest logit of the reference, ``top1_agreement`` the share of images with the same class, in percent. Of
+        classes that tie any will do: those whose logit, in the reference, is below the best one by at most
+        :data:`TOLERANCE` of the range of the image's logits (best minus worst). A backend is ok if ``max_rel`` is below
+        :data:`TOLERANCE` and ``top1_agreement`` is 100. ``missing`` says, for a backend that was left out, how to get
+        it. Disagreement is a result, not an exception.
 
     Raises:
         AnncvtError: there is no student, no image, nothing to compare, or a file that cannot be opened or belongs to
@@ -93,8 +95,11 @@ class _Difference:
         self.max_abs = max(self.max_abs, float(np.nan_to_num(difference, nan=np.inf).max(initial=0)))
         self.scale = max(self.scale, float(np.nan_to_num(np.abs(reference), nan=0).max(initial=0)))
         rows = (len(reference), -1)
-        same = actual.reshape(rows).argmax(1) == reference.reshape(rows).argmax(1)
-        self.same.extend((same & np.isfinite(difference.reshape(rows)).all(1)).tolist())
+        logits, chosen = reference.reshape(rows), actual.reshape(rows).argmax(1)
+        best = logits.max(1)
+        # Of the range, not of the largest logit: logits with a large offset in common are no ties.
+        tied = best - logits[np.arange(len(logits)), chosen] <= TOLERANCE * (best - logits.min(1))
+        self.same.extend((tied & np.isfinite(difference.reshape(rows)).all(1)).tolist())
 
     def summary(self) -> dict[str, Any]:
         max_rel = self.max_abs / self.scale if self.scale else (np.inf if self.max_abs else 0.0)

@@ -63,7 +63,7 @@ def build(
     *,
     others: Sequence[str | Path] = (),
     target: str | None = None,
-    fixed: bool = False,
+    fixed: bool | None = None,
     progress: Progress = SILENT,
 ) -> Path:
     """Write the library for ``models``.
@@ -75,7 +75,8 @@ def build(
         target: None: every instruction set of x86-64, chosen from at run time; ``"cpu"``: those of this machine;
             ``"x86-64"``, ``"avx2"``, ``"avx512"`` or ``"avx512vnni"``: that one.
         fixed: compute the adders of floats in 16-bit fixed point where the weights of the session's model are constant
-            and lose nothing by it, see :mod:`anncvt.runtime.kernels.fixed_point`.
+            and lose nothing by it (x86-64 from AVX2 on), see :mod:`anncvt.runtime.kernels.fixed_point`. None: on
+            processors with AVX-512. False: in float32.
         progress: shows the steps.
 
     Returns:
@@ -101,7 +102,7 @@ def build(
         "ops": OPS,
         "architecture": architecture(),
         "levels": [level.name for level in levels],
-        "fixed": fixed,
+        "fixed": any(kernel.layer.mode == "fixed" for kernel in wanted),
         "kernels": len(wanted),
         "versions": versions(),
     }

@@ -38,7 +38,7 @@ def compile(
     *,
     target: str = "cpu",
     batch: int | Sequence[int] = 1,
-    fixed: bool = False,
+    fixed: bool | None = None,
     progress: Progress = SILENT,
 ) -> Path:
     """Compile the student of ``program`` to a shared library with the weights inside.
@@ -48,8 +48,8 @@ def compile(
         path: the file to write (atomically).
         target: ``"cpu"`` (this machine), ``"avx2"``, ``"avx512"``, or an LLVM target string for another machine.
         batch: batch size(s) to generate code for; 1 is always among them.
-        fixed: compute the adders in 16-bit fixed point where that is faster (x86-64 from AVX2 on); see
-            :mod:`anncvt.runtime.kernels.fixed_point`.
+        fixed: compute the adders in 16-bit fixed point (x86-64 from AVX2 on), those that lose nothing by it; see
+            :mod:`anncvt.runtime.kernels.fixed_point`. None: where the target has AVX-512. False: in float32.
         progress: shows the steps.
 
     Returns:
@@ -78,8 +78,9 @@ def about(program: Program) -> dict[str, Any]:
     return {"model": program.source.name, "arch": program.source.arch, "classes": program.classes}
 
 
-#: Batch size of each function by name, target -> the module, what a manifest says of its input and of its output.
-Lowered = Callable[[dict[str, int], "Deployment"], "tuple[ir.IRModule, dict[str, Any], dict[str, Any]]"]
+#: Batch size of each function by name, target -> the module, what a manifest says of its input and of its output, and
+#: whether it has layers in 16-bit fixed point.
+Lowered = Callable[[dict[str, int], "Deployment"], "tuple[ir.IRModule, dict[str, Any], dict[str, Any], bool]"]
 
 
 def compile_network(
@@ -89,7 +90,7 @@ def compile_network(
     *,
     target: str = "cpu",
     batch: int | Sequence[int] = 1,
-    fixed: bool = False,
+    fixed: bool | None = None,
     about: dict[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> Path:
@@ -107,24 +108,27 @@ def compile_network(
     return _write(lowered, preprocess, Path(path), _deployment(target, fixed), batch, about, progress)
 
 
-def _deployment(target: str, fixed: bool) -> Deployment:
+def _deployment(target: str, fixed: bool | None) -> Deployment:
     from anncvt.runtime.kernels import fixed_point
     from anncvt.runtime.kernels.deployment import Deployment
 
     deployment = Deployment.parse(target)
-    if fixed and fixed_point.form_of(deployment.architecture, deployment.features) is None:
+    chosen = fixed_point.chosen(fixed, deployment.architecture, deployment.features)
+    if fixed and not chosen:
         raise fixed_point.refusal(deployment.name)
-    return dataclasses.replace(deployment, fixed=fixed)
+    return dataclasses.replace(deployment, fixed=chosen)
 
 
 def _floats(network: nn.Module, size: Sequence[int]) -> Lowered:
     from anncvt.runtime.kernels.network import export, lower
 
-    def lowered(batches: dict[str, int], deployment: Deployment) -> tuple[ir.IRModule, dict[str, Any], dict[str, Any]]:
+    def lowered(
+        batches: dict[str, int], deployment: Deployment
+    ) -> tuple[ir.IRModule, dict[str, Any], dict[str, Any], bool]:
         programs = {name: export(network, (count, *size)) for name, count in batches.items()}
-        module, shape = lower(programs, deployment)
+        module, shape, fixed = lower(programs, deployment)
         source = {"name": "image", "shape": ["batch", *size], "dtype": "float32"}
-        return module, source, {"name": "logits", "shape": ["batch", *shape], "dtype": "float32"}
+        return module, source, {"name": "logits", "shape": ["batch", *shape], "dtype": "float32"}, fixed
 
     return lowered
 
@@ -135,7 +139,7 @@ def _integers(network: IntegerNetwork) -> Lowered:
     last = network.steps[-1]
     source = {"name": "pixels", "shape": ["batch", *network.input_shape], "dtype": "uint8"}
     result = {"name": "logits", "shape": ["batch", last.shape[0]], "dtype": "int32", "scale": last.grid.scale}
-    return lambda batches, deployment: (lower(network, batches, deployment), source, result)
+    return lambda batches, deployment: (lower(network, batches, deployment), source, result, False)
 
 
 def _write(
@@ -153,7 +157,7 @@ def _write(
 
     functions = {f"batch_{size}": size for size in _batches(batch)}
     with progress.task("Compiling", 3) as task:
-        module, source, result = lowered(functions, deployment)
+        module, source, result, fixed = lowered(functions, deployment)
         task.advance()
         manifest = {
             "format": FORMAT,
@@ -168,7 +172,7 @@ def _write(
             "functions": functions,
             "target": {
                 "name": deployment.name,
-                "fixed": deployment.fixed,
+                "fixed": fixed,
                 "architecture": deployment.architecture,
                 "features": list(deployment.features),
                 "flags": processor.flags(deployment.features),

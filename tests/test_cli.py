@@ -102,6 +102,19 @@ class TestChain:
         found = answered("check", converted, "--limit", 40)["backends"]["tvm"]
         assert 1e-8 < found["max_rel"] < 1e-3 and found["top1_agreement"] == 100
 
+    @pytest.mark.skipif(processor.architecture() != "x86_64", reason="needs a linker for x86-64")
+    def test_fixed_point_is_the_default_with_avx512_and_told(self, converted, tmp_path):
+        path = tmp_path / "model.so"
+        (tmp_path / "options.toml").write_text("fixed16 = false")
+        switched_off = ("avx512", "--config", tmp_path / "options.toml")
+        for (target, *options), expected in ((["avx512"], True), (["avx2"], False), (switched_off, False)):
+            found = answered("compile", converted, "-o", path, "--target", target, *options)
+            assert found == {"path": str(path), "bytes": path.stat().st_size, "fixed": expected}
+            assert read_manifest(path)["target"]["fixed"] is expected
+        for options, told in (((), True), (("--no-fixed16",), False)):
+            said = anncvt("compile", converted, "-o", path, "--target", "avx512", *options).stdout
+            assert ("16-bit fixed point" in " ".join(said.split())) == told
+
     def test_a_library_for_onnxruntime(self, converted):
         answered("export", converted, "--fuse")
         path = answered("compile", converted, "--for", "onnxruntime", "--target", "cpu")["path"]
@@ -112,8 +125,8 @@ class TestChain:
     @pytest.mark.skipif("avx2" not in (processor.features() or ()), reason="needs AVX2")
     def test_a_library_in_fixed_point(self, converted):
         answered("export", converted, "--fuse")
-        path = answered("compile", converted, "--for", "onnxruntime", "--target", "cpu", "--fixed16")["path"]
-        assert read_manifest(Path(path))["fixed"] is True
+        built = answered("compile", converted, "--for", "onnxruntime", "--target", "cpu", "--fixed16")
+        assert built["fixed"] is read_manifest(Path(built["path"]))["fixed"] is True
         found = answered("check", converted, "--limit", 40)["backends"]["onnxruntime"]
         assert 1e-8 < found["max_rel"] < 1e-3 and found["top1_agreement"] == 100
 
@@ -302,7 +315,8 @@ class TestBadInput:
     def test_fixed_point_is_of_floats_and_needs_instructions(self, converted):
         baseline = ("--fixed16", "--target", "llvm -mcpu=x86-64")
         assert "AVX2" in self.refused(converted.parent, "compile", converted, *baseline)
-        self.refused(converted.parent, "compile", converted, "--fixed16", "--int8", code=2)
+        for flag in ("--fixed16", "--no-fixed16"):
+            self.refused(converted.parent, "compile", converted, flag, "--int8", code=2)
 
     def test_nothing_to_build_a_library_for(self, converted):
         assert "anncvt export" in self.refused(converted.parent, "compile", converted, "--for", "onnxruntime")

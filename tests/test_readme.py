@@ -38,7 +38,7 @@ def calls(text: Path) -> list[list[str]]:
 def test_verbs_and_options_exist(text):
     for verb, *arguments in calls(text):
         command = cli.commands[verb]
-        known = {name for param in command.params for name in param.opts}
+        known = {name for param in command.params for name in [*param.opts, *param.secondary_opts]}
         given = {argument for argument in arguments if argument.startswith("-")}
         assert given <= known, f"{verb} has no {given - known}"
         if any(not argument.startswith("-") for argument in arguments):

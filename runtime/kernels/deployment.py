@@ -19,7 +19,7 @@ class Deployment:
 
     ``accumulators``: vectors of 16 float32 sums that its registers hold beside the operands.
     ``features``: instruction sets the code may use (LLVM's names), to be checked before it is loaded.
-    ``fixed``: adders of floats are computed in 16-bit fixed point where that is faster.
+    ``fixed``: adders of floats are computed in 16-bit fixed point where that loses nothing.
     """
 
     name: str

@@ -31,6 +31,11 @@ class Emitter:
         self._kernels: dict[Hashable, Any] = {}
         self._constants: dict[Hashable, Any] = {}
 
+    @property
+    def fixed(self) -> bool:
+        """Whether any layer so far is computed in 16-bit fixed point."""
+        return any(isinstance(key, Layer) and key.mode == "fixed" for key in self._kernels)
+
     def emit(self, expression: Any) -> Any:
         """Bind ``expression`` to a variable."""
         return self.builder.emit(expression)

@@ -45,7 +45,9 @@ def export(network: nn.Module, shape: Sequence[int]) -> torch.export.ExportedPro
         ) from error
 
 
-def lower(programs: dict[str, torch.export.ExportedProgram], target: Deployment) -> tuple[ir.IRModule, tuple[int, ...]]:
+def lower(
+    programs: dict[str, torch.export.ExportedProgram], target: Deployment
+) -> tuple[ir.IRModule, tuple[int, ...], bool]:
     """Lower exported networks to one module that shares kernels and constants.
 
     Args:
@@ -53,8 +55,8 @@ def lower(programs: dict[str, torch.export.ExportedProgram], target: Deployment)
         target: what the module will be compiled for.
 
     Returns:
-        The module, with functions ``name(image[N, C, H, W]) -> logits[N, ...]``, and the logits' shape without the
-        batch: ``(classes,)``, or ``(classes, H', W')`` of a segmentation network.
+        The module, with functions ``name(image[N, C, H, W]) -> logits[N, ...]``; the logits' shape without the batch:
+        ``(classes,)``, or ``(classes, H', W')`` of a segmentation network; and whether any layer is in fixed point.
 
     Raises:
         AnncvtError: an operator has no compiled form (all of them are named), or the network does not map one image
@@ -63,7 +65,7 @@ def lower(programs: dict[str, torch.export.ExportedProgram], target: Deployment)
     builder = relax.BlockBuilder()
     emitter = Emitter(builder, target)
     shapes = [_Graph(emitter, program).emit(name) for name, program in programs.items()]
-    return builder.get(), shapes[0]
+    return builder.get(), shapes[0], emitter.fixed
 
 
 class _Graph:

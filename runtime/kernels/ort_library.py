@@ -102,12 +102,14 @@ class Kernel:
         return f"anncvt_{self.index}_{self.level.number}"
 
 
-def kernels(layers: Iterable[Layer | IntegerLayer], chosen: Sequence[Level], *, fixed: bool = False) -> list[Kernel]:
+def kernels(
+    layers: Iterable[Layer | IntegerLayer], chosen: Sequence[Level], *, fixed: bool | None = None
+) -> list[Kernel]:
     """What is to be compiled for ``layers`` (one image each), without repetitions.
 
     Args:
         fixed: layers of floats get a kernel in 16-bit fixed point besides, where there is one; whether it may be used
-            depends on the weights.
+            depends on the weights. None: for instruction sets with AVX-512 (:func:`fixed_point.chosen`).
 
     Raises:
         AnncvtError: ``fixed``, and none of the instruction sets is faster in it.
@@ -119,12 +121,17 @@ def kernels(layers: Iterable[Layer | IntegerLayer], chosen: Sequence[Level], *, 
         for index, layer in enumerate(distinct)
         if level.floats or isinstance(layer, IntegerLayer)
     ]
-    return found + (_in_fixed_point(distinct, chosen) if fixed else [])
+    return found + _in_fixed_point(distinct, chosen, fixed)
 
 
-def _in_fixed_point(distinct: Sequence[Layer | IntegerLayer], chosen: Sequence[Level]) -> list[Kernel]:
-    deployments = {level: Deployment.parse(level.target) for level in chosen}
-    if all(fixed_point.form_of(made.architecture, made.features) is None for made in deployments.values()):
+def _in_fixed_point(
+    distinct: Sequence[Layer | IntegerLayer], chosen: Sequence[Level], fixed: bool | None
+) -> list[Kernel]:
+    parsed = {level: Deployment.parse(level.target) for level in chosen}
+    deployments = {
+        level: made for level, made in parsed.items() if fixed_point.chosen(fixed, made.architecture, made.features)
+    }
+    if fixed and not deployments:
         raise fixed_point.refusal(" and ".join(level.name for level in chosen))
     return [
         Kernel(dataclasses.replace(layer, mode="fixed"), level, index)

@@ -44,7 +44,7 @@ def test_both_backends(folder, tmp_path):
     library = tvm.compile(program, tmp_path / "model.so")
     result = check(program, tiny_images(), so_path=library)
     assert result["ok"] and set(result["backends"]) == {"onnxruntime", "tvm"} and not result["missing"]
-    assert result["backends"]["tvm"]["max_rel"] < 1e-4
+    assert result["backends"]["tvm"]["max_rel"] < 5e-4
 
 
 @needs_tvm
@@ -100,6 +100,39 @@ def test_a_difference_above_the_tolerance_fails_with_equal_classes(folder, monke
     monkeypatch.setattr(onnx, "run", lambda session, images: run(session, images) * np.float32(1.002))
     row = check(tiny_program(folder), tiny_images())["backends"]["onnxruntime"]
     assert row["top1_agreement"] == 100 and not row["ok"] and row["max_rel"] == pytest.approx(2e-3, rel=0.01)
+
+
+#: Logits of an image whose second class is best; the first is below it by 2e-4 of the range, the fourth by 2e-2.
+TIE = [9.998, 10.0, 0.0, 9.8]
+
+
+@pytest.mark.parametrize(
+    ("offset", "first", "agreement"),
+    [
+        ([0.003, -0.003, 0, 0], TIE, 100),  # the first class, which ties
+        ([-0.5, -0.5, 0, 0], TIE, 0),  # the fourth, which does not
+        ([0, 0, 20, 0], TIE, 0),  # the worst
+        ([0.003, -0.003, 0, 0], [value - 1000 for value in TIE], 100),
+        # Within 1e-3 of the largest logit, but not of the range.
+        ([0.03, -0.03, 0, 0], [value - 1000 for value in [9.95, 10.0, 0.0, 9.8]], 0),
+        ([-1, 0, 0, 0], [5.0, 5.0, 5.0, 5.0], 100),  # all tie
+        ([np.nan, 0, 0, 0], TIE, 0),
+        ([0, 0, np.nan, 0], TIE, 0),
+        ([np.inf, 0, 0, 0], TIE, 0),
+    ],
+)
+def test_classes_that_tie(folder, monkeypatch, offset, first, agreement):
+    """Either will do; the agreement says nothing of the size of the difference, which has to be small all the same."""
+    program = tiny_program(folder)
+    with torch.no_grad():
+        program.student[7].weight.zero_()
+        program.student[7].bias.copy_(torch.tensor(first))
+    logits = np.array(first, np.float32) + np.array(offset, np.float32)
+    monkeypatch.setattr(onnx, "run", lambda session, images: np.tile(logits, (len(images), 1)))
+    result = check(program, tiny_images())
+    row = result["backends"]["onnxruntime"]
+    assert row["top1_agreement"] == agreement
+    assert result["ok"] == row["ok"] == (agreement == 100 and row["max_rel"] < check_module.TOLERANCE)
 
 
 def test_student_in_training_mode_is_checked_in_eval_mode(folder):

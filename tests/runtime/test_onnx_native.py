@@ -17,10 +17,10 @@ from parity import Case, cases
 from recorder import Recorder
 
 from anncvt.errors import AnncvtError
-from anncvt.runtime import integer, onnx_native, reference
+from anncvt.runtime import artifact, integer, onnx_native, processor, reference
 from anncvt.runtime.geometry import expand_padding
 from anncvt.runtime.integer import Epilogue, Window
-from anncvt.runtime.kernels import ort_library
+from anncvt.runtime.kernels import fixed_point, ort_library
 from anncvt.runtime.kernels.deployment import Deployment
 from anncvt.runtime.onnx_fused_body import integer_functions
 
@@ -213,10 +213,11 @@ def usable(name: str) -> bool:
     params=["cpu", *(pytest.param(level.name, marks=pytest.mark.slow) for level in ort_library.levels(None))],
 )
 def library(request, models, tmp_path_factory):
-    """A library for this machine; the slow tests go through the instruction sets one by one."""
+    """A library in float32 for this machine; the slow tests go through the instruction sets one by one."""
     if not usable(request.param):
         pytest.skip(f"this processor has no {request.param}")
-    return onnx_native.build(models, tmp_path_factory.mktemp("library") / f"{request.param}.so", target=request.param)
+    path = tmp_path_factory.mktemp("library") / f"{request.param}.so"
+    return onnx_native.build(models, path, target=request.param, fixed=False)
 
 
 @pytest.fixture(
@@ -332,6 +333,36 @@ def test_fused_fixed_point(fixed_library, bounds, residual, offset):
 def test_fixed_point_needs_instructions(models, tmp_path):
     with pytest.raises(AnncvtError, match="faster than floats"):
         onnx_native.build(models, tmp_path / "library.so", target="x86-64", fixed=True)
+
+
+@pytest.mark.skipif(processor.architecture() != "x86_64", reason="instruction sets of x86-64")
+@pytest.mark.parametrize(
+    ("target", "asked", "found"),
+    [
+        (None, None, {"avx512", "avx512vnni"}),
+        (None, True, {"avx2", "avx512", "avx512vnni"}),
+        (None, False, set()),
+        ("avx512", None, {"avx512"}),
+        ("avx2", None, set()),
+        ("avx2", True, {"avx2"}),
+        ("x86-64", None, set()),
+    ],
+)
+def test_instruction_sets_in_fixed_point(models, target, asked, found):
+    """Unless told otherwise those with AVX-512; float32 kernels are there all the same, for weights that need them."""
+    layers = [layer for model in models for layer in onnx_native.layers_of(onnx_native.read(model))]
+    levels = ort_library.levels(target)
+    kernels, floats = (ort_library.kernels(layers, levels, fixed=fixed) for fixed in (asked, False))
+    more = kernels[len(floats) :]
+    assert kernels[: len(floats)] == floats
+    assert {kernel.level.name for kernel in more} == found and {kernel.layer.mode for kernel in more} <= {"fixed"}
+
+
+def test_a_library_says_whether_it_is_in_fixed_point(models, tmp_path):
+    unasked = fixed_point.chosen(None, processor.architecture(), tuple(processor.features() or ()))
+    for files, asked, found in ((models[:1], None, unasked), (models[:1], False, False), ([], None, False)):
+        path = onnx_native.build(files, tmp_path / "library.so", target="cpu", fixed=asked)
+        assert artifact.read_manifest(path)["fixed"] is found
 
 
 def test_images_of_another_size_and_no_images(library):

@@ -34,8 +34,9 @@ def program(student: nn.Module | None) -> Program:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In float32, so that it can be compared with torch digit by digit."""
     path = tmp_path_factory.mktemp("tvm") / "model.so"
-    return runtime.compile(program(network()), path, batch=4)
+    return runtime.compile(program(network()), path, batch=4, fixed=False)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 9])
@@ -195,6 +196,43 @@ def test_older_processors_are_a_target(tmp_path: Path) -> None:
     if not processor.missing(features):
         images = torch.randn(1, 3, 8, 8)
         np.testing.assert_allclose(runtime.load(path)(images.numpy()), network()(images).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("target", "asked", "found"),
+    [
+        ("avx512", None, True),
+        ("avx512", False, False),
+        ("avx2", None, False),
+        ("avx2", True, True),
+        ("llvm -mcpu=x86-64", None, False),
+    ],
+)
+def test_fixed_point_is_the_default_of_targets_with_avx512(
+    tmp_path: Path, target: str, asked: bool | None, found: bool
+) -> None:
+    if processor.architecture() != "x86_64":
+        pytest.skip("x86-64 is another machine here, for which there may be no linker")
+    path = runtime.compile(program(network()), tmp_path / "model.so", target=target, fixed=asked)
+    about = artifact.read_manifest(path)["target"]
+    assert about["fixed"] is found
+    if not processor.missing(about["features"]):
+        images = torch.randn(5, 3, 8, 8)
+        expected = network()(images).detach().numpy()
+        assert np.abs(runtime.load(path)(images.numpy()) - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+def test_fixed_point_is_refused_where_it_gains_nothing(tmp_path: Path) -> None:
+    for target in ("llvm -mcpu=x86-64", "llvm -mtriple=aarch64-linux-gnu -mcpu=neoverse-n1"):
+        with pytest.raises(AnncvtError, match="faster than floats"):
+            runtime.compile(program(network()), tmp_path / "model.so", target=target, fixed=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(processor.architecture() != "x86_64", reason="needs a linker for x86-64")
+def test_a_network_without_adders_is_not_in_fixed_point(tmp_path: Path) -> None:
+    path = runtime.compile(program(nn.Conv2d(3, 16, 3)), tmp_path / "model.so", target="avx512", fixed=True)
+    assert artifact.read_manifest(path)["target"]["fixed"] is False
 
 
 def test_gpus_are_no_target_and_what_to_do_instead_is_told(tmp_path: Path) -> None:

@@ -133,6 +133,24 @@ def test_what_is_left_in_floats() -> None:
 
 
 @pytest.mark.parametrize(
+    ("target", "unasked", "asked"),
+    [
+        ("avx512", True, True),
+        ("llvm -mcpu=znver4", True, True),
+        ("llvm -mcpu=skylake-avx512", True, True),
+        ("avx2", False, True),
+        ("llvm -mcpu=x86-64", False, False),
+        ("llvm -mtriple=aarch64-linux-gnu -mcpu=neoverse-n1", False, False),
+    ],
+)
+def test_choice(target: str, unasked: bool, asked: bool) -> None:
+    """Nobody has to ask for it with AVX-512; AVX2 gains too little."""
+    deployment = Deployment.parse(target)
+    found = [fixed_point.chosen(fixed, deployment.architecture, deployment.features) for fixed in (None, True, False)]
+    assert found == [unasked, asked, False]
+
+
+@pytest.mark.parametrize(
     ("target", "pair"),
     [
         ("avx2", ("vpmaxsw %ymm", "vpmaddwd %ymm")),
@@ -168,8 +186,8 @@ def test_networks() -> None:
     results = []
     for fixed in (False, True):
         deployment = replace(Deployment.parse("cpu"), fixed=fixed)
-        module, _ = lower({"main": export(network, x.shape)}, deployment)
-        assert ("int16" in module.script()) == fixed
+        module, _, found = lower({"main": export(network, x.shape)}, deployment)
+        assert ("int16" in module.script()) == found == fixed
         machine = tvm.relax.VirtualMachine(tvm.compile(module, deployment.target), tvm.cpu())
         results.append(torch.from_numpy(machine["main"](tvm.runtime.tensor(x.numpy())).numpy()).double())
     errors = [float((result - reference).abs().max() / reference.abs().max()) for result in results]

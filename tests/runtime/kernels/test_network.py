@@ -24,7 +24,7 @@ def kernels(module: tvm.IRModule) -> int:
 
 
 def compare(network: nn.Module, x: Tensor, tolerance: float = 1e-5) -> tvm.IRModule:
-    module, shape = lower({"main": export(network, x.shape)}, Deployment.parse("cpu"))
+    module, shape, _ = lower({"main": export(network, x.shape)}, Deployment.parse("cpu"))
     machine = relax.VirtualMachine(tvm.compile(module, host().target()), tvm.cpu())
     got = torch.from_numpy(machine["main"](tvm.runtime.tensor(x.numpy())).numpy())
     with torch.no_grad():

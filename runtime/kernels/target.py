@@ -56,7 +56,7 @@ def host() -> Cpu:
 
     if has("avx512f"):
         # 32 registers, and a broadcast from memory is free as an operand: one vector of weights, many pixels.
-        return Cpu(name, lanes=16, pixels=16, vectors=1, clipped=12, fma=True, assembly=False, clip=has("avx512dq"))
+        return Cpu(name, lanes=16, pixels=16, vectors=1, clipped=10, fma=True, assembly=False, clip=has("avx512dq"))
     if has("avx2", "fma"):
         return AVX2
     return Cpu(name, lanes=4, pixels=6, vectors=1, clipped=4, fma=False, assembly=False, clip=False)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from anncvt.runtime.kernels.layer import LANES, Layer, blocks
 
-#: What one core can keep close while it works on an item (a part of a usual second-level cache).
-CACHE_BYTES = 256 * 1024
+#: What one core can keep close while it works on an item: a part of a usual second-level cache, which with AVX-512 is
+#: twice as large.
+CACHE_BYTES, WIDE_CACHE_BYTES = 256 * 1024, 448 * 1024
 #: Weights that stay in the first-level cache while a work item passes over them.
 PANEL_BYTES = 8 * 1024
 #: From so many pixels in registers on, a vector of weights is used often enough to come from the second-level cache.
@@ -89,11 +90,13 @@ def _options(
     pixels = rows * width if layer.pointwise else ((rows - 1) * layer.stride[0] + reach) * layer.size[1]
     inputs = layer.in_channels * pixels * 4
     weights = out * LANES * taps * 4
-    moved = weights * (row_blocks if weights > CACHE_BYTES else 1)
-    moved += inputs * row_blocks * (out if inputs > CACHE_BYTES else 1)
-    # Each item reads its input once more to sum it, or to copy it; in fixed point both at once.
+    cache = WIDE_CACHE_BYTES if accumulators >= WIDE else CACHE_BYTES
+    moved = weights * (row_blocks if weights > cache else 1)
+    moved += inputs * row_blocks * (out if inputs > cache else 1)
+    # Each item reads its input once more to sum it, or to copy it (which asks of each pixel whether it is padding); in
+    # fixed point both at once.
     fixed = layer.form == "fixed"
-    passes = 1 if fixed else (layer.form == "max") + layer.copied
+    passes = 1 if fixed else (layer.form == "max") + 2 * layer.copied
     depth = _depth(layer, accumulators)
     latency = WIDE_LATENCY if accumulators >= WIDE else LATENCY
     for cuts in (1, 2, 4, 8):

@@ -25,7 +25,6 @@ from anncvt.runtime.geometry import Padding
 from anncvt.runtime.kernels import cache, fixed_point, inference
 from anncvt.runtime.kernels import layer as kernel_layer
 from anncvt.runtime.kernels.deployment import Deployment
-from anncvt.runtime.kernels.tiling import tiling
 
 #: Calls of one contestant between those of the next.
 _COLUMNS = ("adder", "fixed", "conv", "onnxruntime", "onnxruntime node", "torch")
@@ -120,8 +119,7 @@ def _compiled(layer: Layer, mode: str, x: np.ndarray, weight: np.ndarray) -> Cal
     if mode == "fixed":
         function = fixed_point.generate(spec, target.architecture, target.features)
     else:
-        cut = tiling(spec, target.accumulators, target.assembly)
-        function = inference.build(spec, cut, target.assembly)
+        function = inference.build(spec, target.cut(spec), target.assembly)
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
     kernel = tvm.compile(module, target.target)["main"]
     blocks = x.reshape(x.shape[0], -1, kernel_layer.LANES, *size).transpose(0, 1, 3, 4, 2)

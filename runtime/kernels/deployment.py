@@ -9,7 +9,9 @@ from typing import Any
 from tvm.target import Target, codegen
 
 from anncvt.errors import AnncvtError
+from anncvt.runtime.kernels.layer import Layer
 from anncvt.runtime.kernels.target import LEVELS, host
+from anncvt.runtime.kernels.tiling import WIDE, Tiling, tiling
 from anncvt.runtime.processor import RELEVANT, architecture
 
 
@@ -36,6 +38,10 @@ class Deployment:
         return (
             self.architecture == "x86_64" and {"avx2", "fma"} <= set(self.features) and "avx512f" not in self.features
         )
+
+    def cut(self, layer: Layer) -> Tiling:
+        """How a float32 kernel is cut. Tiles may go on in the next line where they are large, or assembly."""
+        return tiling(layer, self.accumulators, linear=self.assembly or self.accumulators >= WIDE)
 
     @classmethod
     def parse(cls, name: str) -> Deployment:

@@ -15,7 +15,6 @@ from anncvt.runtime.kernels import elementwise, fixed_point, inference, layout, 
 from anncvt.runtime.kernels.deployment import Deployment
 from anncvt.runtime.kernels.fusion import Combination, Convolution, Pending, Value, View
 from anncvt.runtime.kernels.layer import LANES, Layer, blocks
-from anncvt.runtime.kernels.tiling import tiling
 
 
 class Emitter:
@@ -148,8 +147,7 @@ class Emitter:
     def _kernel(self, layer: Layer) -> tirx.PrimFunc:
         if layer.mode == "fixed":
             return fixed_point.generate(layer, self.target.architecture, self.target.features)
-        cut = tiling(layer, self.target.accumulators, linear=self.target.assembly)
-        return inference.build(layer, cut, self.target.assembly)
+        return inference.build(layer, self.target.cut(layer), self.target.assembly)
 
     def _elementwise(self, pending: Pending, source: Combination) -> Value:
         x = self.blocked(source.x)

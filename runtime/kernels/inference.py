@@ -317,7 +317,9 @@ class Kernel:
     def _tiles(self) -> Iterator[Tile]:
         """Opens the loops over the tiles of a work item. All have one size: the last one may overlap its neighbour."""
         (rows, width), cut, (tall, wide) = self._grid(), self.cut, self._tile_counts()
-        with T.serial(tall) as i, T.serial(wide) as j:
+        # Tiles that go on in the next line differ in where that is: each has code of its own, without a microkernel.
+        each = T.unroll if self.cut.linear and not self.micro else T.serial
+        with T.serial(tall) as i, each(wide) as j:
             top = tirx.min(i * cut.height, rows - cut.height) if rows % cut.height else i * cut.height
             left = tirx.min(j * cut.width, width - cut.width) if width % cut.width else j * cut.width
             yield Tile(top, left, i * wide + j)
@@ -379,11 +381,18 @@ class Kernel:
                     prefetch(self.weight, weights + (self.cut.vectors + v) * panel + c * LANES)
             origin = origin + (r * layer.dilation[0] * self.in_width + s * layer.dilation[1]) * self.cells
             with T.serial(reduced) as c, self._pixels() as (i, j, v), T.vectorized(LANES) as lane:
-                pixel = origin + (i * self.stride[0] * self.in_width + j * self.stride[1]) * self.cells
+                pixel = origin + self._from_first(tile, i, j)
                 x = work.source[pixel + (self._own_channel(o, lane, c) if layer.per_lane else c)]
                 w = self.weight[weights + v * panel + c * LANES + lane]
                 at = self._kept(i, j, v) + lane
                 T.buffer_store(totals, totals[at] + self._tap(x, w), [at])
+
+    def _from_first(self, tile: Tile, i: Any, j: Any) -> Any:
+        """How far a pixel of a tile is from its first, in the input."""
+        if self.cut.linear:
+            (top, left), (row, column) = self._place(0, tile.left), self._place(0, tile.left + j)
+            i, j = row - top, column - left
+        return (i * self.stride[0] * self.in_width + j * self.stride[1]) * self.cells
 
     def _reduced(self) -> int:
         """Input channels of one input block (of one group, where groups are small)."""

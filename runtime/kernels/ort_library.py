@@ -24,7 +24,6 @@ from anncvt.runtime.kernels.integer import cells_of
 from anncvt.runtime.kernels.integer_layer import IntegerLayer
 from anncvt.runtime.kernels.integer_plan import Plan
 from anncvt.runtime.kernels.layer import LANES, Layer
-from anncvt.runtime.kernels.tiling import tiling
 from anncvt.runtime.processor import architecture
 
 #: Kernels of one object file: large enough to share what a file costs, small enough to show progress.
@@ -162,7 +161,7 @@ def _function(layer: Layer | IntegerLayer, deployment: Deployment) -> tirx.PrimF
         return Plan.of(layer, deployment).build()
     if layer.mode == "fixed":
         return fixed_point.generate(layer, deployment.architecture, deployment.features)
-    return inference.build(_float_layer(layer, deployment), tiling(layer, deployment.accumulators), deployment.assembly)
+    return inference.build(_float_layer(layer, deployment), deployment.cut(layer), deployment.assembly)
 
 
 def _float_layer(layer: Layer, deployment: Deployment) -> Layer:

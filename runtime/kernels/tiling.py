@@ -23,7 +23,8 @@ COPY_BANDWIDTH = 6
 WIDE_LATENCY, LATENCY = 13, 4
 #: Input blocks so far apart share the lines of the first-level cache; of its eight ways half are left to other data.
 ALIAS_BYTES, ALIAS_BLOCKS = 4096, 4
-#: Tiles that go on in the next line have an inner loop for each column they begin at; 14 of them were slower than none.
+#: Tiles that go on in the next line have inner loops of their own, each or (in assembly) by the column they begin at;
+#: 14 of these were slower than none.
 MOST_COLUMNS = 8
 #: What beginning a work item costs.
 ITEM_CYCLES = 400
@@ -52,8 +53,8 @@ class Tiling:
 def tiling(layer: Layer, accumulators: int, linear: bool = False, vectors: int = 1) -> Tiling:
     """The cheapest cut for a machine whose registers hold ``accumulators`` vectors of 16 sums.
 
-    ``linear``: tiles may go on in the next line, as they do with kernels of assembly. ``vectors``: output blocks that
-    share the pixels of a tile, where there are so many.
+    ``linear``: tiles may go on in the next line. ``vectors``: output blocks that share the pixels of a tile, where
+    there are so many.
     """
     height, _ = layer.out_size
     heights = [rows for rows in range(1, height + 1) if height % rows == 0] or [height]
@@ -112,8 +113,8 @@ def _options(
             for wide in range(1, min(grid[1], most // tall) + 1)
         ]
         if linear and not layer.pointwise and not layer.per_lane and width <= MOST_COLUMNS:
-            wide = min(accumulators, rows * width)
-            shapes.append((-(-rows * width // wide), 1, wide, True))
+            most_wide = min(accumulators, rows * width)
+            shapes += [(-(-rows * width // wide), 1, wide, True) for wide in range(1, most_wide + 1)]
         for tiles, tall, wide, goes_on in shapes:
             # One operation per sum and tap, one weight load per tile and tap; latency needs independent sums.
             per_tap = tiles * (max(tall * wide * vectors, latency) + vectors)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st  # noqa: E402
 from anncvt.runtime import processor, reference  # noqa: E402
 from anncvt.runtime.geometry import NO_PADDING, Padding  # noqa: E402
 from anncvt.runtime.kernels import elementwise, inference, layout, pooling  # noqa: E402
+from anncvt.runtime.kernels.deployment import Deployment  # noqa: E402
 from anncvt.runtime.kernels.layer import LANES, Layer, blocks  # noqa: E402
 from anncvt.runtime.kernels.target import host  # noqa: E402
 from anncvt.runtime.kernels.tiling import Tiling, tiling  # noqa: E402
@@ -56,7 +57,7 @@ def run_layer(layer: Layer, cut: Tiling | None, assembly: bool) -> tuple[np.ndar
     residual = random.standard_normal((layer.batch, layer.out_channels, *layer.out_size)).astype(np.float32)
     constants = inference.pack(layer, w, scale, shift)
     extra = [blocked(residual)] if layer.residual else []
-    function = inference.build(layer, cut or tiling(layer, 5 if assembly else 16, linear=assembly), assembly)
+    function = inference.build(layer, cut or tiling(layer, 5 if assembly else 16, linear=True), assembly)
     got = run(function, blocked(x) if layer.blocked else x, *constants, *extra, out=layer.out_shape)
 
     a, b = torch.from_numpy(x).double(), torch.from_numpy(w).double()
@@ -111,7 +112,7 @@ def test_any_geometry_equals_reference(layer: Layer, assembly: bool) -> None:
     assert_layer(layer, assembly=assembly)
 
 
-@pytest.mark.skipif(len(ASSEMBLY) < 2, reason="needs AVX2 and FMA")
+@pytest.mark.parametrize("assembly", ASSEMBLY)
 @pytest.mark.parametrize("mode", ["max", "conv"])
 @pytest.mark.parametrize(
     "cut",
@@ -123,9 +124,9 @@ def test_any_geometry_equals_reference(layer: Layer, assembly: bool) -> None:
     ],
 )
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_assembly_in_one_and_several_passes(mode: str, cut: Tiling, dilation: int) -> None:
+def test_cuts_in_one_and_several_passes(mode: str, cut: Tiling, dilation: int, assembly: bool) -> None:
     window = {"stride": (1, 2), "padding": Padding(2, 1, 0, 2), "dilation": (1, dilation)}
-    assert_layer(Layer(mode, 2, 40, (6, 13), 48, (3, 3), **window, activation=("relu",)), cut, assembly=True)
+    assert_layer(Layer(mode, 2, 40, (6, 13), 48, (3, 3), **window, activation=("relu",)), cut, assembly)
 
 
 @pytest.mark.parametrize("mode", ["max", "conv"])
@@ -175,6 +176,9 @@ def test_tiles_go_on_in_the_next_line_where_lines_are_short() -> None:
         return tiling(Layer("max", 1, 512, (side, side), 512, (3, 3), padding=Padding(1, 1, 1, 1)), 5, linear)
 
     assert chosen(7, True).linear and not chosen(7, False).linear and not chosen(28, True).linear
+    for target in ("avx512", "avx2"):
+        layer = Layer("max", 1, 512, (7, 7), 512, (3, 3), padding=Padding(1, 1, 1, 1))
+        assert Deployment.parse(target).cut(layer).linear
 
 
 @pytest.mark.parametrize("accumulators", [3, 5, 16])

@@ -192,7 +192,7 @@ def test_a_kernel_is_loaded_once_for_each_device_and_in_its_context(recorded):
 class Image:
     """What :func:`usable` asks of a tensor, on a device that this machine lacks."""
 
-    device, dtype = GPU, torch.float32
+    device, dtype, is_cuda = GPU, torch.float32, True
 
 
 @pytest.fixture

@@ -89,8 +89,8 @@ class _Kernel:
         size: height and width of the result.
     """
 
-    x: Any
     one: Any
+    at_hand: Any = None  # what :meth:`begin` reads
 
     def __init__(
         self, spec: Spec, cpu: Cpu, rows: tuple[_Taps, ...], columns: tuple[_Taps, ...], size: tuple[int, int]
@@ -129,17 +129,15 @@ class _Kernel:
         """``start`` is a number where columns lie beyond the source."""
         lanes, own = self.lanes, [ramp(j * self.lanes, self.lanes) for j in range(count)]
         line = (image * self.size[0] + rows.target(row)) * self.size[1]
-        ahead = (image * rows.limit + rows.last(row) + rows.stride) * columns.limit
+        below = (image * rows.limit + rows.last(row) + rows.stride) * columns.limit + columns.source(start, 0)
+        following = line + columns.target(start + count)
         with T.serial(self.spec.groups) as group:
             places = [(line + columns.target(start + j)) * self.channels + group * lanes for j in range(count)]
             totals, kept = (T.alloc_buffer((count * lanes,), "float32", scope="local") for _ in range(2))
             for j, (at, place) in enumerate(zip(own, places, strict=True)):
                 T.buffer_store(totals, spread(f32(0), lanes), [at])
                 self.begin(kept, at, ramp(place, lanes))
-                # What is not in the first-level cache yet: the row that the next one adds, and what will be written.
-                prefetch(self.source, (ahead + columns.source(start + j, 0)) * self.channels + group * lanes)
-                prefetch(self.y, place, write=True)
-                self.expect(place + count * columns.spread * self.channels)
+                self._ask(below, following, columns, group * count + j, j * columns.spread * self.spec.groups + group)
             with T.serial(rows.taps) as t:
                 source_row = rows.source(row, t)
                 base = (image * rows.limit + source_row) * columns.limit
@@ -159,15 +157,30 @@ class _Kernel:
             for at, place in zip(own, places, strict=True):
                 T.buffer_store(self.y, self.end(totals[at]), [ramp(place, lanes)])
 
+    def _ask(self, below: Any, following: Any, columns: _Taps, number: Any, own: Any) -> None:
+        """Ask for what comes from far: the source's pixels that the next row adds, and the next tile's results.
+
+        That is faster by a quarter in the order of memory, where all vectors are wanted.
+
+        Args:
+            below, following: the first pixel of each.
+            columns: of the tile.
+            number: of a vector of results in this tile, in the order of memory.
+            own: how many vectors it is behind the tile's first.
+        """
+        for step in range(columns.stride):
+            prefetch(self.source, below * self.channels + (number * columns.stride + step) * self.lanes)
+        place = following * self.channels + (number if columns.spread == 1 else own) * self.lanes
+        prefetch(self.y, place, write=True)
+        if self.at_hand is not None:
+            prefetch(self.at_hand, place)
+
     def _weights(self, group: Any, row: Any, column: int) -> Any:
         (tall, wide), lanes = self.spec.kernel, self.lanes
         return self.weight[ramp(((group * tall + row) * wide + column) * lanes, lanes)]
 
     def begin(self, kept: Any, at: Any, place: Any) -> None:
         """Store what a result at ``place`` wants to have at hand."""
-
-    def expect(self, place: Any) -> None:
-        """Ask for what :meth:`begin` will read there."""
 
     def tap(self, total: Any, kept: Any, number: int, value: Any, weight: Any) -> Any:
         """The total of result ``number`` of a tile with one more tap."""
@@ -200,9 +213,6 @@ class _Forward(_Kernel):
         self.one = one
         self.loops(x, w, y)
 
-    def expect(self, place: Any) -> None:
-        """Ask for what :meth:`begin` will read there."""
-
     def tap(self, total: Any, kept: Any, number: int, value: Any, weight: Any) -> Any:
         return self._added(total, tirx.abs(value - weight))
 
@@ -233,14 +243,11 @@ class _InputGradient(_Kernel):
         return function(shapes, self._body)
 
     def _body(self, x: Any, d: Any, w: Any, one: Any, y: Any) -> None:
-        self.x, self.one = x, one
+        self.at_hand, self.one = x, one
         self.loops(d, w, y)
 
     def begin(self, kept: Any, at: Any, place: Any) -> None:
-        T.buffer_store(kept, self.x[place] * spread(f32(-self.scale), self.lanes), [at])
-
-    def expect(self, place: Any) -> None:
-        prefetch(self.x, place)
+        T.buffer_store(kept, self.at_hand[place] * spread(f32(-self.scale), self.lanes), [at])
 
     def tap(self, total: Any, kept: Any, number: int, value: Any, weight: Any) -> Any:
         return total + clipped(weight, kept, number, self.one, self.lanes, self.cpu) * value

@@ -75,6 +75,8 @@ NETWORK = "anncvt.runtime.kernels.network"
 FLOORS = [
     {"anncvt.cli", "anncvt.__main__"},
     {"anncvt.api"},
+    {"anncvt.shipping"},
+    {"anncvt.arguments"},
     {"anncvt.page"},
     {"anncvt.facts", "anncvt.quantization"},
     {"anncvt.report", "anncvt.pkkd", "anncvt.pipeline"},

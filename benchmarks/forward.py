@@ -38,6 +38,9 @@ def measure(options: argparse.Namespace, clock: _Clock, peaks: dict[str, float])
     layout of a compiled network, with scale, shift and ReLU. ``onnxruntime`` is a call of a model of one Conv and Relu,
     and includes the change of layout at its borders; ``onnxruntime node`` is the time of the Conv alone by its profiler
     (wall time). ``torch`` is conv2d in the better of its layouts.
+
+    The share of the limit, which knows no caches, is that of the adder called by itself, again and again: what the
+    contestants leave in the caches for each other is no matter of a kernel's instructions.
     """
     batch = options.batch or 1
     cache.use_threads(options.threads)
@@ -49,10 +52,11 @@ def measure(options: argparse.Namespace, clock: _Clock, peaks: dict[str, float])
     print(f"{'layer, batch ' + str(batch):30}" + "".join(f"{name:>17}" for name in totals) + "   Gop/s; share of limit")
     for layer in RESNET50:
         times = _layer_times(layer, batch, options, clock, peers, fixed)
+        alone = times.pop("adder alone")
         speeds = {name: layer.ops(batch) / seconds / 1e9 for name, seconds in times.items()}
         totals = {name: totals[name] + layer.count * times[name] for name in totals}
         if "max_fma" in peaks:
-            shares.append(speeds["adder"] / (peaks["max_fma"] * options.threads))
+            shares.append(layer.ops(batch) / alone / 1e9 / (peaks["max_fma"] * options.threads))
         share = f"   {shares[-1]:.2f}" if shares else ""
         print(f"{layer!s:30}" + "".join(f"{speeds[name]:17.1f}" for name in totals) + share, flush=True)
         rows.append({"layer": str(layer), "seconds": times})
@@ -89,6 +93,7 @@ def _layer_times(
         if fixed:
             calls["fixed"] = _compiled(layer, "fixed", x.numpy(), weight.numpy())
         times = interleaved(calls, options.repeats, clock)
+        times["adder alone"] = interleaved({"": calls["adder"]}, options.repeats, clock)[""]
         times["onnxruntime node"] = min(session.node_seconds("Conv", "FusedConv") for session in sessions)
         # The slow ones apart, and once: they would empty the caches between the calls of the others.
         peer_calls = {

@@ -97,7 +97,7 @@ class _Kernel:
     ) -> None:
         self.spec, self.cpu, self.rows, self.columns, self.size = spec, cpu, rows, columns, size
         self.lanes, self.channels = spec.lanes, spec.groups * spec.lanes
-        self.batch = tirx.Var("n", "int32")
+        self.batch = tirx.Var("n", "int64")  # and so are all places: there are tensors of more than 2^31 elements
         self.inputs = (self.batch, spec.height, spec.width, self.channels)
         self.outputs = (self.batch, *spec.output, self.channels)
         self.weights = (spec.groups, *spec.kernel, self.lanes)

@@ -32,12 +32,10 @@ def forward(
     spec = _spec("forward", x, weight, stride, padding, dilation, groups)
     y = x.new_empty(x.shape[0], *spec.output, spec.groups * spec.outputs)
     if y.numel():
-        if spec.depthwise:
-            x = _pad_channels(x, 1, spec.groups * spec.lanes)
         filled = _filled(weight, spec)
         packed = _pack_outputs(filled, spec)
         if spec.depthwise:
-            _call(spec, nhwc(x), packed, 1.0, y)
+            _call(spec, nhwc(_pad_channels(x, 1, spec.groups * spec.lanes)), packed, 1.0, y)
         else:
             _call(spec, nhwc(x), packed, filled.sum((1, 2, 3)), 2.0, y)
     return _unpad(y, weight.shape[0], 1 if spec.depthwise else groups)

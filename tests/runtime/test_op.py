@@ -24,6 +24,14 @@ KINDS = {
     "groups": Case(channels=6, outputs=4, groups=3),
     "depthwise": Case(channels=1, outputs=1, groups=20, stride=(2, 2), size=(9, 9)),
     "depthwise with multiplier": Case(channels=1, outputs=2, groups=6),
+    "depthwise, wide": Case(channels=1, outputs=1, groups=17, size=(6, 33), kernel=(3, 5), padding=(2, 0, 1, 3)),
+    "depthwise, dilated": Case(
+        channels=1, outputs=1, groups=16, size=(9, 30), dilation=(2, 3), padding=(2, 4), stride=(2, 3)
+    ),
+    "depthwise, stride beyond the kernel": Case(
+        channels=1, outputs=1, groups=16, size=(9, 23), kernel=(2, 1), stride=(3, 2), padding=(0, 0)
+    ),
+    "depthwise, padding beyond the image": Case(channels=1, outputs=1, groups=8, size=(2, 1), padding=(4, 4)),
     "one pixel": Case(channels=8, outputs=16, size=(1, 1), kernel=(1, 1), padding=(0, 0)),
     "many rows": Case(batch=1, channels=4, outputs=16, size=(37, 5)),
     "padding beyond the image": Case(size=(2, 2), padding=(4, 4)),

@@ -33,7 +33,7 @@ def forward(
     y = x.new_empty(x.shape[0], *spec.output, spec.groups * spec.outputs)
     if y.numel():
         filled = _filled(weight, spec)
-        packed = _pack_outputs(filled, spec)
+        packed = _packed(filled, spec, over="outputs")
         if spec.depthwise:
             _call(spec, nhwc(_pad_channels(x, 1, spec.groups * spec.lanes)), packed, 1.0, y)
         else:
@@ -63,7 +63,7 @@ def input_gradient(
         padded = _pad_channels(x, 1 if depthwise else groups, spec.groups * spec.channels)
         if depthwise:
             grad = _pad_channels(grad, 1, spec.groups * spec.channels)
-        packed = _pack_inputs(_filled(weight, spec), spec)
+        packed = _packed(_filled(weight, spec), spec, over="inputs")
         if gradient == "exact":
             packed = packed * SHARPNESS  # not in place: packed may be the weight itself
         _call(spec, nhwc(padded), nhwc(grad), packed, 1.0, y)
@@ -84,7 +84,7 @@ def exact_weight_gradient(
     if not (x.numel() and grad.numel()):
         return torch.zeros_like(weight)
     spec = _spec("dw_exact", x, weight, stride, padding, dilation, groups)
-    packed = _pack_outputs(_filled(weight, spec), spec)
+    packed = _packed(_filled(weight, spec), spec, over="outputs")
     if spec.depthwise:
         packed = packed[:, None, None, :, :, None]
     parts = packed.new_zeros(min(torch.get_num_threads(), x.shape[0] * spec.output[0]), *packed.shape)
@@ -180,36 +180,32 @@ def _filled(weight: Tensor, spec: Spec) -> Tensor:
     return F.pad(w.unflatten(0, (groups, -1)), (0, 0, 0, 0, 0, missing[0], 0, missing[1])).flatten(0, 1)
 
 
-# The orders of packed weights are made by one change of strides and one copy: where a kernel has just moved megabytes,
-# each call of torch takes as long as packing the weights of a small layer.
+def _packed(w: Tensor, spec: Spec, *, over: str) -> Tensor:
+    """Weights as a kernel reads them, by one change of strides and one copy.
 
+    Where a kernel has just moved megabytes, each call of torch takes as long as packing the weights of a small layer.
 
-def _pack_outputs(w: Tensor, spec: Spec) -> Tensor:
-    """``[G, O/L, C/cb, kh, kw, cb, L]``: vectors over output channels. ``w``: :func:`_filled`."""
+    Args:
+        w: :func:`_filled`.
+        spec: the kernel.
+        over: "outputs" or "inputs", the channels that are side by side in vectors.
+
+    Returns:
+        ``[G, O/L, C/cb, kh, kw, cb, L]`` over outputs, ``[G, C/L, O/ob, kh, kw, ob, L]`` over inputs;
+        ``[G, kh, kw, L]`` of a depthwise layer.
+    """
+    (outer, inner, row, column), lanes = w.stride(), spec.lanes
     if spec.depthwise:
-        return _pack_depthwise(w, spec)
-    (outer, inner, row, column), lanes, block = w.stride(), spec.lanes, divisor(spec.channels, 16)
-    size = (spec.groups, spec.outputs // lanes, spec.channels // block, *spec.kernel, block, lanes)
+        return w.as_strided((spec.groups, *spec.kernel, lanes), (lanes * outer, row, column, outer)).contiguous()
+    vector, scalar = (spec.outputs, outer), (spec.channels, inner)
+    if over == "inputs":
+        vector, scalar = scalar, vector
+    (wide, along), (deep, across) = vector, scalar
+    block = divisor(deep, 16)
+    size = (spec.groups, wide // lanes, deep // block, *spec.kernel, block, lanes)
     return w.as_strided(
-        size, (spec.outputs * outer, lanes * outer, block * inner, row, column, inner, outer)
+        size, (spec.outputs * outer, lanes * along, block * across, row, column, across, along)
     ).contiguous()
-
-
-def _pack_inputs(w: Tensor, spec: Spec) -> Tensor:
-    """``[G, C/L, O/ob, kh, kw, ob, L]``: vectors over input channels."""
-    if spec.depthwise:
-        return _pack_depthwise(w, spec)
-    (outer, inner, row, column), lanes, block = w.stride(), spec.lanes, divisor(spec.outputs, 16)
-    size = (spec.groups, spec.channels // lanes, spec.outputs // block, *spec.kernel, block, lanes)
-    return w.as_strided(
-        size, (spec.outputs * outer, lanes * inner, block * outer, row, column, outer, inner)
-    ).contiguous()
-
-
-def _pack_depthwise(w: Tensor, spec: Spec) -> Tensor:
-    """``[G, kh, kw, L]``: vectors over channels."""
-    (outer, _, row, column), lanes = w.stride(), spec.lanes
-    return w.as_strided((spec.groups, *spec.kernel, lanes), (lanes * outer, row, column, outer)).contiguous()
 
 
 def _unpack_outputs(packed: Tensor, weight: Tensor, spec: Spec) -> Tensor:

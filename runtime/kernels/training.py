@@ -1,9 +1,9 @@
 """Generators of the training kernels: the forward one, and the choice among all of them.
 
-All work on NHWC (torch's ``channels_last``), for any batch size, one parallel task a block of rows of one image. But for
-those of depthwise layers (:mod:`anncvt.runtime.kernels.depthwise`), a task copies the rows it reads into a padded scratch
-block ``[row][channel block][column][channel]`` that stays in the cache, then computes tiles of ``pixels`` x ``lanes``
-channels whose sums stay in registers.
+All work on NHWC (torch's ``channels_last``), for any batch size, one parallel task a block of rows of one image. But
+for those of depthwise layers (:mod:`anncvt.runtime.kernels.depthwise`), a task copies the rows it reads into a padded
+scratch block ``[row][channel block][column][channel]`` that stays in the cache, then computes tiles of ``pixels`` x
+``lanes`` channels whose sums stay in registers.
 
 Forward: ``|x-w| = 2*max(w,x) - x - w``. The sum over x is shared by all output channels and the sum over w is a
 constant, which leaves one max and one multiply-add in the inner loop, the cost of a convolution. The operand order

@@ -19,14 +19,16 @@ from anncvt.runtime.check import exported_file
 if TYPE_CHECKING:
     import torch
 
+#: The dtype of networks whose adders are in 16-bit fixed point; images and logits are float32.
+FIXED = "fixed16"
 #: One call: images ``[N, C, H, W]`` of the contestant's dtype -> logits.
 Call = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass
 class Contestant:
-    """One network in one runtime. ``open`` loads it; ``dtype`` is "float32" or "int8" (whose calls take uint8 pixels,
-    where ``pixels``)."""
+    """One network in one runtime. ``open`` loads it; ``dtype`` is "float32", :data:`FIXED`, or "int8" (whose calls take
+    uint8 pixels, where ``pixels``)."""
 
     network: str  # "student" or "teacher"
     backend: str
@@ -41,12 +43,33 @@ class Contestant:
         return self.network, self.backend, self.dtype
 
 
-def _onnxruntime(path: Path, threads: int, library: str | Path = "none") -> Call:
-    """``library``: the native one, or ``"none"``: the definitions in the file."""
+def _onnxruntime(path: Path, threads: int) -> Call:
+    """On the definitions in the file."""
     from anncvt.runtime import onnx
 
-    session = onnx.session(path, threads=threads, library=library)
+    session = onnx.session(path, threads=threads, library="none")
     return lambda images: onnx.run(session, images)
+
+
+def _native(path: Path, threads: int, library: Path, dtype: str) -> Contestant:
+    """A file in onnxruntime with the native library. Whether that computes in fixed point shows when it is loaded."""
+    from anncvt.runtime import onnx
+
+    def opened() -> Call:
+        session = onnx.session(path, threads=threads, library=library)
+        if session.anncvt.fixed:
+            contestant.dtype = FIXED
+        return lambda images: onnx.run(session, images)
+
+    contestant = Contestant("student", "onnxruntime native", dtype, opened)
+    return contestant
+
+
+def _precision(path: Path) -> str:
+    """The dtype of a compiled network of floats."""
+    from anncvt.runtime import artifact
+
+    return FIXED if artifact.read_manifest(path)["target"]["fixed"] else "float32"
 
 
 class Contestants:
@@ -121,8 +144,7 @@ class Contestants:
         yield Contestant("student", "onnxruntime", dtype, functools.partial(_onnxruntime, path, self.threads))
         choice = choose(path)
         if choice.library is not None:
-            native = functools.partial(_onnxruntime, path, self.threads, choice.library)
-            yield Contestant("student", "onnxruntime native", dtype, native)
+            yield _native(path, self.threads, choice.library, dtype)
         elif choice.unfit:
             self.missing["onnxruntime native" + " int8" * (dtype == "int8")] = choice.why
 
@@ -133,7 +155,7 @@ class Contestants:
             if path is None:
                 self.missing[backend] = f"not compiled: run `anncvt {command}`"
                 continue
-            dtype = "int8" if backend.endswith("int8") else "float32"
+            dtype = "int8" if backend.endswith("int8") else _precision(Path(path))
             yield Contestant("student", "tvm", dtype, self._opener(Path(path)), pixels=dtype == "int8")
         if self.teacher_in_tvm:
             from anncvt.runtime import tvm

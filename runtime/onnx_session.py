@@ -33,14 +33,15 @@ _opening = threading.Lock()
 class Choice:
     """How a session executes the adders of its model; ``why`` is a sentence.
 
-    ``loops``: layers for which the library should have a compiled kernel and has none. ``unfit``: there is a library,
-    but not one for this model on this machine.
+    ``loops``: layers for which the library should have a compiled kernel and has none. ``fixed``: those that a session
+    computes in 16-bit fixed point. ``unfit``: there is a library, but not one for this model on this machine.
     """
 
     native: bool
     why: str
     library: Path | None = None
     loops: int = 0
+    fixed: int = 0
     unfit: bool = False
 
 
@@ -83,7 +84,7 @@ def _in_detail(choice: Choice, layers: int, compiled: int, fixed: int) -> Choice
             f", but {layers - compiled} of {layers} layers in its plain loops, because it has no compiled kernel for "
             f"them on this machine: {_REBUILD}"
         )
-    return replace(choice, why=why, loops=layers - compiled)
+    return replace(choice, why=why, loops=layers - compiled, fixed=fixed)
 
 
 def choose(path: Path, library: str | Path | None = None) -> Choice:

@@ -65,7 +65,7 @@ def test_files_of_the_folder_are_timed_and_the_time_limit_keeps_one_burst(tmp_pa
 
     program = tiny_program(tmp_path)
     onnx.export(program, tmp_path / "model.onnx")
-    tvm.compile(program, tmp_path / "model.so")
+    tvm.compile(program, tmp_path / "model.so", fixed=False)
     network = quantize(program, tiny_images())
     tvm.compile_network(network, program.preprocess, tmp_path / "model.int8.so")
     monkeypatch.setattr(onnx, "export", None)  # the student must not be exported again
@@ -74,6 +74,20 @@ def test_files_of_the_folder_are_timed_and_the_time_limit_keeps_one_burst(tmp_pa
     assert names[2:5] == [("student", "tvm", "float32"), ("student", "tvm", "int8"), ("teacher", "tvm", "float32")]
     assert {row["runs"] for row in result["rows"]} == {3}
     assert not result["missing"]
+
+
+@needs_tvm
+def test_fixed_point_is_told_from_floats(tmp_path):
+    from anncvt.runtime import tvm
+
+    program = tiny_program(tmp_path)
+    try:
+        path = tvm.compile(program, tmp_path / "model.so", fixed=True)
+    except AnncvtError as error:
+        pytest.skip(str(error))
+    rows = bench(program, threads=1, repeats=1, seconds=1e-6)["rows"]
+    fixed = tvm.load(path).manifest["target"]["fixed"]
+    assert [row["dtype"] for row in rows if row["backend"] == "tvm"] == ["fixed16" if fixed else "float32"]
 
 
 @needs_tvm
@@ -86,7 +100,9 @@ def test_exported_files_are_timed_on_the_definitions_and_in_the_native_library(t
     onnx_native.build([], tmp_path / onnx_native.LIBRARY, target="cpu")
     result = bench(program, threads=1, repeats=1, seconds=1e-6)
     exported = [(row["backend"], row["dtype"]) for row in result["rows"] if row["network"] == "student"][1:]
-    assert exported == [(b, d) for d in ("float32", "int8") for b in ("onnxruntime", "onnxruntime native")]
+    fixed = onnx.session(tmp_path / "model.onnx", library=tmp_path / onnx_native.LIBRARY).anncvt.fixed
+    natives = {"float32": "fixed16" if fixed else "float32", "int8": "int8"}
+    assert exported == [pair for d, n in natives.items() for pair in (("onnxruntime", d), ("onnxruntime native", n))]
     assert set(result["missing"]) == {"tvm", "tvm int8"}
     (tmp_path / onnx_native.LIBRARY).unlink()  # this process has it mapped
     (tmp_path / onnx_native.LIBRARY).write_bytes(b"no library")

@@ -61,9 +61,10 @@ def bench(
         ``{"rows": [...], "missing": {backend: reason}, "settings": {...}}``, a row being ``{"network": "student" |
         "teacher", "backend": "torch" | "onnxruntime" | "onnxruntime native" | "tvm", "dtype": "float32" | "fixed16"
         | "int8", "batch", "threads", "runs", "p50_ms", "p90_ms", "p99_ms", "images_per_second", "memory_mb", "ratio",
-        "ratio_int8"}``: "fixed16" is float32 but for adders in 16-bit fixed point; percentiles of one call, images per second at the median, by how much loading it and a first
+        "ratio_int8"}``: percentiles of one call, images per second at the median, by how much loading it and a first
         call raised the process's memory at the peak (None where the system does not tell), and the median over that of
         the teacher in onnxruntime (on a GPU in torch), in floats and in integers (None where that is missing).
+        "fixed16" is float32 but for its adders, which are in 16-bit fixed point.
         "settings" says how it was measured.
 
     Raises:

@@ -262,7 +262,7 @@ def export(
     "--fixed16/--no-fixed16",
     default=None,
     help="Floats in and out, adders in 16-bit fixed point or in float32. Fixed point is faster, nearly as exact, and "
-    "needs AVX2.  [default: fixed point where the target has AVX-512]",
+    "needs AVX2.  [default: fixed point with AVX-512, where logits stay the same]",
 )
 @options.common
 def compile_(

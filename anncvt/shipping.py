@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anncvt import devices
 from anncvt.arguments import beside, choice_of, opened
@@ -15,6 +15,9 @@ from anncvt.errors import AnncvtError
 from anncvt.measure import DataChoice, chosen
 from anncvt.program import Program
 from anncvt.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from anncvt.runtime.check import Backend
 
 ONNX, LIBRARY, HARDWARE = "model.onnx", "model.so", "hardware"
 INTEGER_ONNX, INTEGER_LIBRARY = "model.int8.onnx", "model.int8.so"
@@ -98,19 +101,32 @@ def compile(
     """Compile the adder network with TVM, to ``model.so`` in its folder unless ``path`` says else.
 
     Args:
-        target, batch, fixed: see :func:`anncvt.runtime.tvm.compile`.
+        target, batch: see :func:`anncvt.runtime.tvm.compile`.
+        fixed: compute the adders in 16-bit fixed point (:mod:`anncvt.runtime.kernels.fixed_point`). None: where it is
+            much faster, and the logits of a few images stay what they are in torch (:mod:`anncvt.precision`).
         integers: compile the integer network instead, to ``model.int8.so``.
 
     Raises:
         AnncvtError: nothing converted (or quantized) yet, TVM missing, an operator without a kernel, or ``path`` cannot
             be written.
     """
+    from anncvt import precision
     from anncvt.runtime import integer_network, tvm
 
-    program = opened(program, progress)
+    student = program = opened(program, progress)
+
+    def make(library: Path, fixed: bool) -> Path:
+        return tvm.compile(student, library, target=target, batch=batch, fixed=fixed, progress=progress)
+
+    def in_fixed_point(library: Path) -> Backend | None:
+        model = tvm.load(library)
+        return model if model.manifest["target"]["fixed"] else None
+
     if not integers:
         library = beside(program, path, LIBRARY)
-        return tvm.compile(program, library, target=target, batch=batch, fixed=fixed, progress=progress)
+        if fixed is None and program.student is not None and precision.worth_trying(target):
+            return precision.write(program, library, make, in_fixed_point, progress)
+        return make(library, bool(fixed))
     return tvm.compile_network(
         integer_network.load(program.folder or ""),
         program.preprocess,
@@ -137,13 +153,15 @@ def compile_for_onnxruntime(
     damaged.
 
     Args:
-        target, fixed: see :func:`anncvt.runtime.onnx_native.build`.
+        target: see :func:`anncvt.runtime.onnx_native.build`.
+        fixed: see :func:`compile`.
 
     Raises:
         AnncvtError: nothing was exported yet, TVM or a C compiler is missing, the target gains nothing from fixed
             point, or ``path`` cannot be written.
     """
-    from anncvt.runtime import onnx_native
+    from anncvt import precision
+    from anncvt.runtime import onnx, onnx_native
 
     program = opened(program, progress)
     found = sorted(Path(program.folder).glob("*.onnx")) if program.folder else []
@@ -152,7 +170,23 @@ def compile_for_onnxruntime(
     models = [file for file in found if file.name in (ONNX, INTEGER_ONNX)]
     others = [file for file in found if file not in models]
     library = beside(program, path, onnx_native.LIBRARY)
-    return onnx_native.build(models, library, others=others, target=target, fixed=fixed, progress=progress)
+
+    def make(place: Path, fixed: bool) -> Path:
+        """In fixed point for the instruction sets that gain much from it."""
+        return onnx_native.build(
+            models, place, others=others, target=target, fixed=None if fixed else False, progress=progress
+        )
+
+    floats = next((file for file in models if file.name == ONNX), None)
+    if fixed is not None or floats is None or program.student is None or not precision.worth_trying(None):
+        return onnx_native.build(models, library, others=others, target=target, fixed=bool(fixed), progress=progress)
+    exported = floats
+
+    def in_fixed_point(place: Path) -> Backend | None:
+        session = onnx.session(exported, library=place)
+        return (lambda images: onnx.run(session, images)) if session.anncvt.fixed else None
+
+    return precision.write(program, library, make, in_fixed_point, progress)
 
 
 def build_kernels(

@@ -71,6 +71,12 @@ def check(
     }
 
 
+def difference(program: Program, images: Images, backend: Backend) -> float:
+    """The largest difference of logits from the student in torch, relative to the largest logit; see :func:`check`."""
+    found: float = _compare(program, images, {"": backend}, SILENT)[""].summary()["max_rel"]
+    return found
+
+
 def exported_file(program: Program, name: str) -> Path | None:
     """The file ``name`` of the program's folder, if both exist."""
     path = Path(program.folder, name) if program.folder else None

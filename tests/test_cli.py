@@ -107,11 +107,12 @@ class TestChain:
         path = tmp_path / "model.so"
         (tmp_path / "options.toml").write_text("fixed16 = false")
         switched_off = ("avx512", "--config", tmp_path / "options.toml")
-        for (target, *options), expected in ((["avx512"], True), (["avx2"], False), (switched_off, False)):
+        here = not processor.missing(["avx512f", "avx512bw"])  # elsewhere nobody could compare what it computes
+        for (target, *options), expected in ((["avx512"], here), (["avx2"], False), (switched_off, False)):
             found = answered("compile", converted, "-o", path, "--target", target, *options)
             assert found == {"path": str(path), "bytes": path.stat().st_size, "fixed": expected}
             assert read_manifest(path)["target"]["fixed"] is expected
-        for options, told in (((), True), (("--no-fixed16",), False)):
+        for options, told in (((), here), (("--fixed16",), True), (("--no-fixed16",), False)):
             said = anncvt("compile", converted, "-o", path, "--target", "avx512", *options).stdout
             assert ("16-bit fixed point" in " ".join(said.split())) == told
 

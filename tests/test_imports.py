@@ -76,6 +76,7 @@ FLOORS = [
     {"anncvt.cli", "anncvt.__main__"},
     {"anncvt.api"},
     {"anncvt.shipping"},
+    {"anncvt.precision"},
     {"anncvt.arguments"},
     {"anncvt.page"},
     {"anncvt.facts", "anncvt.quantization"},

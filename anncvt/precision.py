@@ -44,7 +44,7 @@ def worth_trying(target: str | None) -> bool:
 def write(
     program: Program,
     library: Path,
-    make: Callable[[Path, bool], object],
+    make: Callable[..., object],
     opened: Callable[[Path], Backend | None],
     progress: Progress = SILENT,
 ) -> Path:
@@ -53,7 +53,7 @@ def write(
     Args:
         program: with a student.
         library: the file to write (atomically).
-        make: writes one to a path; whether in fixed point.
+        make: writes one to a path; ``fixed``: None, what suits it in fixed point; False, nothing.
         opened: what was written, to be called; None: nothing of it is in fixed point.
         progress: is told of a network that does not bear it.
 
@@ -62,7 +62,7 @@ def write(
     """
     with tempfile.TemporaryDirectory(prefix="anncvt-") as folder:
         trial = Path(folder, "trial.so")
-        make(trial, True)
+        make(trial, fixed=None)
         backend = opened(trial)
         found = 0.0 if backend is None else _difference(program, backend)
         if found <= MOST:
@@ -73,8 +73,24 @@ def write(
         f"compiled in float32: in 16-bit fixed point logits differ from torch by {found:.1e} of the largest "
         f"({MOST:.0e} is accepted unasked; --fixed16 asks for it)"
     )
-    make(library, False)
+    make(library, fixed=False)
     return library
+
+
+def in_tvm(library: Path) -> Backend | None:
+    """A network that TVM compiled, if any of its layers are in fixed point."""
+    from anncvt.runtime import tvm
+
+    model = tvm.load(library)
+    return model if model.manifest["target"]["fixed"] else None
+
+
+def in_onnxruntime(exported: Path, library: Path) -> Backend | None:
+    """A file in onnxruntime with the native library, if any of its layers run in fixed point there."""
+    from anncvt.runtime import onnx
+
+    session = onnx.session(exported, library=library)
+    return (lambda images: onnx.run(session, images)) if session.anncvt.fixed else None
 
 
 def _difference(program: Program, backend: Backend) -> float:

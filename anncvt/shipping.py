@@ -5,9 +5,10 @@ Wherever a function takes a ``program``, the path of a program folder does as we
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from anncvt import devices
 from anncvt.arguments import beside, choice_of, opened
@@ -15,9 +16,6 @@ from anncvt.errors import AnncvtError
 from anncvt.measure import DataChoice, chosen
 from anncvt.program import Program
 from anncvt.progress import SILENT, Progress
-
-if TYPE_CHECKING:
-    from anncvt.runtime.check import Backend
 
 ONNX, LIBRARY, HARDWARE = "model.onnx", "model.so", "hardware"
 INTEGER_ONNX, INTEGER_LIBRARY = "model.int8.onnx", "model.int8.so"
@@ -113,29 +111,22 @@ def compile(
     from anncvt import precision
     from anncvt.runtime import integer_network, tvm
 
-    student = program = opened(program, progress)
-
-    def make(library: Path, fixed: bool) -> Path:
-        return tvm.compile(student, library, target=target, batch=batch, fixed=fixed, progress=progress)
-
-    def in_fixed_point(library: Path) -> Backend | None:
-        model = tvm.load(library)
-        return model if model.manifest["target"]["fixed"] else None
-
-    if not integers:
-        library = beside(program, path, LIBRARY)
-        if fixed is None and program.student is not None and precision.worth_trying(target):
-            return precision.write(program, library, make, in_fixed_point, progress)
-        return make(library, bool(fixed))
-    return tvm.compile_network(
-        integer_network.load(program.folder or ""),
-        program.preprocess,
-        beside(program, path, INTEGER_LIBRARY),
-        target=target,
-        batch=batch,
-        about=tvm.about(program),
-        progress=progress,
-    )
+    program = opened(program, progress)
+    if integers:
+        return tvm.compile_network(
+            integer_network.load(program.folder or ""),
+            program.preprocess,
+            beside(program, path, INTEGER_LIBRARY),
+            target=target,
+            batch=batch,
+            about=tvm.about(program),
+            progress=progress,
+        )
+    make = functools.partial(tvm.compile, program, target=target, batch=batch, progress=progress)
+    library = beside(program, path, LIBRARY)
+    if fixed is None and program.student is not None and precision.worth_trying(target):
+        return precision.write(program, library, make, precision.in_tvm, progress)
+    return make(library, fixed=bool(fixed))
 
 
 def compile_for_onnxruntime(
@@ -161,7 +152,7 @@ def compile_for_onnxruntime(
             point, or ``path`` cannot be written.
     """
     from anncvt import precision
-    from anncvt.runtime import onnx, onnx_native
+    from anncvt.runtime import onnx_native
 
     program = opened(program, progress)
     found = sorted(Path(program.folder).glob("*.onnx")) if program.folder else []
@@ -170,23 +161,12 @@ def compile_for_onnxruntime(
     models = [file for file in found if file.name in (ONNX, INTEGER_ONNX)]
     others = [file for file in found if file not in models]
     library = beside(program, path, onnx_native.LIBRARY)
-
-    def make(place: Path, fixed: bool) -> Path:
-        """In fixed point for the instruction sets that gain much from it."""
-        return onnx_native.build(
-            models, place, others=others, target=target, fixed=None if fixed else False, progress=progress
-        )
-
+    make = functools.partial(onnx_native.build, models, others=others, target=target, progress=progress)
     floats = next((file for file in models if file.name == ONNX), None)
-    if fixed is not None or floats is None or program.student is None or not precision.worth_trying(None):
-        return onnx_native.build(models, library, others=others, target=target, fixed=bool(fixed), progress=progress)
-    exported = floats
-
-    def in_fixed_point(place: Path) -> Backend | None:
-        session = onnx.session(exported, library=place)
-        return (lambda images: onnx.run(session, images)) if session.anncvt.fixed else None
-
-    return precision.write(program, library, make, in_fixed_point, progress)
+    if fixed is None and floats is not None and program.student is not None and precision.worth_trying(None):
+        opened_there = functools.partial(precision.in_onnxruntime, floats)
+        return precision.write(program, library, make, opened_there, progress)
+    return make(library, fixed=bool(fixed))
 
 
 def build_kernels(

@@ -43,7 +43,7 @@ def written(program, folder, change, notes):
     student = inference_copy(program.student)
 
     def make(path, fixed):
-        Path(path).write_text("fixed" if fixed else "float32", encoding="ascii")
+        Path(path).write_text("fixed" if fixed is None else "float32", encoding="ascii")
 
     def opened(path):
         assert path.read_text(encoding="ascii") == "fixed"

@@ -13,6 +13,7 @@ from anncvt.program import Program
 from anncvt.progress import SILENT, Progress
 from anncvt.runtime import processor
 from anncvt.runtime.check import TOLERANCE, Backend, difference
+from anncvt.runtime.contestants import Opened
 
 #: Images of noise that are compared with torch.
 IMAGES = 8
@@ -45,7 +46,7 @@ def write(
     program: Program,
     library: Path,
     make: Callable[..., object],
-    opened: Callable[[Path], Backend | None],
+    opened: Callable[[Path], Opened],
     progress: Progress = SILENT,
 ) -> Path:
     """Write a library in fixed point if its logits are those of torch but for rounding, else in float32.
@@ -54,7 +55,7 @@ def write(
         program: with a student.
         library: the file to write (atomically).
         make: writes one to a path; ``fixed``: None, what suits it in fixed point; False, nothing.
-        opened: what was written, to be called; None: nothing of it is in fixed point.
+        opened: loads what was written.
         progress: is told of a network that does not bear it.
 
     Returns:
@@ -63,8 +64,8 @@ def write(
     with tempfile.TemporaryDirectory(prefix="anncvt-") as folder:
         trial = Path(folder, "trial.so")
         make(trial, fixed=None)
-        backend = opened(trial)
-        found = 0.0 if backend is None else _difference(program, backend)
+        backend, fixed = opened(trial)
+        found = _difference(program, backend) if fixed else 0.0
         if found <= MOST:
             with atomic_path(library) as temporary:
                 shutil.copyfile(trial, temporary)
@@ -75,22 +76,6 @@ def write(
     )
     make(library, fixed=False)
     return library
-
-
-def in_tvm(library: Path) -> Backend | None:
-    """A network that TVM compiled, if any of its layers are in fixed point."""
-    from anncvt.runtime import tvm
-
-    model = tvm.load(library)
-    return model if model.manifest["target"]["fixed"] else None
-
-
-def in_onnxruntime(exported: Path, library: Path) -> Backend | None:
-    """A file in onnxruntime with the native library, if any of its layers run in fixed point there."""
-    from anncvt.runtime import onnx
-
-    session = onnx.session(exported, library=library)
-    return (lambda images: onnx.run(session, images)) if session.anncvt.fixed else None
 
 
 def _difference(program: Program, backend: Backend) -> float:

@@ -109,7 +109,7 @@ def compile(
             be written.
     """
     from anncvt import precision
-    from anncvt.runtime import integer_network, tvm
+    from anncvt.runtime import contestants, integer_network, tvm
 
     program = opened(program, progress)
     if integers:
@@ -125,7 +125,7 @@ def compile(
     make = functools.partial(tvm.compile, program, target=target, batch=batch, progress=progress)
     library = beside(program, path, LIBRARY)
     if fixed is None and program.student is not None and precision.worth_trying(target):
-        return precision.write(program, library, make, precision.in_tvm, progress)
+        return precision.write(program, library, make, contestants.in_tvm, progress)
     return make(library, fixed=bool(fixed))
 
 
@@ -152,7 +152,7 @@ def compile_for_onnxruntime(
             point, or ``path`` cannot be written.
     """
     from anncvt import precision
-    from anncvt.runtime import onnx_native
+    from anncvt.runtime import contestants, onnx_native
 
     program = opened(program, progress)
     found = sorted(Path(program.folder).glob("*.onnx")) if program.folder else []
@@ -164,8 +164,8 @@ def compile_for_onnxruntime(
     make = functools.partial(onnx_native.build, models, others=others, target=target, progress=progress)
     floats = next((file for file in models if file.name == ONNX), None)
     if fixed is None and floats is not None and program.student is not None and precision.worth_trying(None):
-        opened_there = functools.partial(precision.in_onnxruntime, floats)
-        return precision.write(program, library, make, opened_there, progress)
+        with_library = functools.partial(contestants.in_onnxruntime, floats, None)
+        return precision.write(program, library, make, with_library, progress)
     return make(library, fixed=bool(fixed))
 
 

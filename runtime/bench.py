@@ -14,7 +14,7 @@ import numpy as np
 from anncvt.errors import AnncvtError
 from anncvt.program import Program, versions
 from anncvt.progress import SILENT, Progress
-from anncvt.runtime.contestants import Call, Contestant, Contestants, reduced_range
+from anncvt.runtime.contestants import FIXED, Call, Contestant, Contestants, reduced_range
 from anncvt.runtime.resident import peak_of
 
 if TYPE_CHECKING:
@@ -174,9 +174,11 @@ class _Race:
         """Loaded, its kernels compiled, its memory allocated and measured."""
 
         def first() -> Call:
-            call = contestant.open()
-            call(self._given(contestant))
-            return call
+            opened = contestant.open()
+            opened.call(self._given(contestant))
+            if opened.fixed:
+                contestant.dtype = FIXED
+            return opened.call
 
         call, contestant.memory = peak_of(first)
         return call

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -25,15 +25,22 @@ FIXED = "fixed16"
 Call = Callable[[np.ndarray], np.ndarray]
 
 
+class Opened(NamedTuple):
+    """A loaded network, and whether any of its layers run in 16-bit fixed point."""
+
+    call: Call
+    fixed: bool = False
+
+
 @dataclass
 class Contestant:
-    """One network in one runtime. ``open`` loads it; ``dtype`` is "float32", :data:`FIXED`, or "int8" (whose calls take
-    uint8 pixels, where ``pixels``)."""
+    """One network in one runtime. ``open`` loads it; ``dtype`` is "float32", :data:`FIXED` (which shows when it is
+    loaded), or "int8" (whose calls take uint8 pixels, where ``pixels``)."""
 
     network: str  # "student" or "teacher"
     backend: str
     dtype: str
-    open: Callable[[], Call]
+    open: Callable[[], Opened]
     pixels: bool = False
     times: list[float] = field(default_factory=list)  # seconds
     memory: int | None = None  # bytes added by loading it and by a first call, at the peak
@@ -43,33 +50,20 @@ class Contestant:
         return self.network, self.backend, self.dtype
 
 
-def _onnxruntime(path: Path, threads: int) -> Call:
-    """On the definitions in the file."""
+def in_onnxruntime(path: Path, threads: int | None = None, library: str | Path = "none") -> Opened:
+    """A file in onnxruntime; ``library``: the native one, or ``"none"``: the definitions in the file."""
     from anncvt.runtime import onnx
 
-    session = onnx.session(path, threads=threads, library="none")
-    return lambda images: onnx.run(session, images)
+    session = onnx.session(path, threads=threads, library=library)
+    return Opened(functools.partial(onnx.run, session), session.anncvt.fixed > 0)
 
 
-def _native(path: Path, threads: int, library: Path, dtype: str) -> Contestant:
-    """A file in onnxruntime with the native library. Whether that computes in fixed point shows when it is loaded."""
-    from anncvt.runtime import onnx
+def in_tvm(path: Path, threads: int | None = None) -> Opened:
+    """A network that TVM compiled."""
+    from anncvt.runtime import tvm
 
-    def opened() -> Call:
-        session = onnx.session(path, threads=threads, library=library)
-        if session.anncvt.fixed:
-            contestant.dtype = FIXED
-        return lambda images: onnx.run(session, images)
-
-    contestant = Contestant("student", "onnxruntime native", dtype, opened)
-    return contestant
-
-
-def _precision(path: Path) -> str:
-    """The dtype of a compiled network of floats."""
-    from anncvt.runtime import artifact
-
-    return FIXED if artifact.read_manifest(path)["target"]["fixed"] else "float32"
+    model = tvm.load(path, threads=threads)
+    return Opened(model, model.manifest["target"]["fixed"])
 
 
 class Contestants:
@@ -115,7 +109,7 @@ class Contestants:
         from anncvt.runtime.torch_runner import runner
 
         network = getattr(self.program, name)
-        return Contestant(name, "torch", "float32", lambda: runner(network, self.device, self.progress))
+        return Contestant(name, "torch", "float32", lambda: Opened(runner(network, self.device, self.progress)))
 
     def _on_cpu(self, student: Contestant, teacher: Contestant) -> Iterator[Contestant]:
         from anncvt.runtime import onnx
@@ -130,10 +124,10 @@ class Contestants:
             yield from self._exported(integer_file, "int8")
         yield from self._compiled()
         yield teacher
-        yield Contestant("teacher", "onnxruntime", "float32", lambda: _onnxruntime(cnn, threads))
+        yield Contestant("teacher", "onnxruntime", "float32", lambda: in_onnxruntime(cnn, threads))
         try:
             integers = quantised(cnn, self.scratch / "teacher.int8.onnx", size)
-            yield Contestant("teacher", "onnxruntime", "int8", lambda: _onnxruntime(integers, threads))
+            yield Contestant("teacher", "onnxruntime", "int8", lambda: in_onnxruntime(integers, threads))
         except AnncvtError as error:
             self.missing["onnxruntime int8"] = str(error)
 
@@ -141,10 +135,11 @@ class Contestants:
         """An exported student on the definitions in the file, and on the native library if that can be had."""
         from anncvt.runtime.onnx_session import choose
 
-        yield Contestant("student", "onnxruntime", dtype, functools.partial(_onnxruntime, path, self.threads))
+        yield Contestant("student", "onnxruntime", dtype, functools.partial(in_onnxruntime, path, self.threads))
         choice = choose(path)
         if choice.library is not None:
-            yield _native(path, self.threads, choice.library, dtype)
+            native = functools.partial(in_onnxruntime, path, self.threads, choice.library)
+            yield Contestant("student", "onnxruntime native", dtype, native)
         elif choice.unfit:
             self.missing["onnxruntime native" + " int8" * (dtype == "int8")] = choice.why
 
@@ -155,7 +150,7 @@ class Contestants:
             if path is None:
                 self.missing[backend] = f"not compiled: run `anncvt {command}`"
                 continue
-            dtype = "int8" if backend.endswith("int8") else _precision(Path(path))
+            dtype = "int8" if backend.endswith("int8") else "float32"
             yield Contestant("student", "tvm", dtype, self._opener(Path(path)), pixels=dtype == "int8")
         if self.teacher_in_tvm:
             from anncvt.runtime import tvm
@@ -165,11 +160,11 @@ class Contestants:
             )
             yield Contestant("teacher", "tvm", "float32", self._opener(path))
 
-    def _opener(self, path: Path) -> Callable[[], Call]:
+    def _opener(self, path: Path) -> Callable[[], Opened]:
         from anncvt.runtime import tvm
 
         tvm.require()  # here, so that what it takes does not count as the network's
-        return lambda: tvm.load(path, threads=self.threads)
+        return functools.partial(in_tvm, path, self.threads)
 
 
 def quantised(source: Path, target: Path, size: tuple[int, ...]) -> Path:
